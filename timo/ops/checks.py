@@ -60,7 +60,7 @@ def check_valid(valid: Tensor | None, shapes: dict[str, Sequence[int]], like: Te
     if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
         found = dtype_name(valid.dtype) if isinstance(valid, Tensor) else type(valid).__name__
         raise TypeError(f"valid is {found}; it must be a bool tensor, true where usable")
-    if tuple(valid.shape) not in {tuple(s) for s in shapes.values()}:
+    if not any(tuple(valid.shape) == tuple(s) for s in shapes.values()):
         wanted = " or ".join(f"{layout} = {tuple(s)}" for layout, s in shapes.items())
         raise ValueError(f"valid has shape {tuple(valid.shape)}; it must be {wanted}")
     check_same("valid", valid, "the input", like, dtype=False)

@@ -1,0 +1,61 @@
+// The Python module timo._C.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "ops.h"
+
+namespace py = pybind11;
+using namespace timo;
+
+static MedianArgs median_args(uintptr_t x, Sizes4 stride, uintptr_t valid, Sizes3 valid_stride,
+                              uintptr_t values, uintptr_t indices, const Sizes5& size) {
+  return {reinterpret_cast<const void*>(x),
+          stride,
+          reinterpret_cast<const uint8_t*>(valid),
+          valid_stride,
+          reinterpret_cast<void*>(values),
+          reinterpret_cast<int64_t*>(indices),
+          size[0], size[1], size[2], size[3], size[4]};
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of timo";
+#ifdef TIMO_CUDA
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+  m.def("isa_level", &isa_level);
+  m.def("cap_isa", &cap_isa);
+  m.def("temporal_median_cpu",
+        [](uintptr_t x, Sizes4 stride, int dtype, uintptr_t valid, Sizes3 valid_stride,
+           uintptr_t values, uintptr_t indices, Sizes5 size) {
+          const auto a = median_args(x, stride, valid, valid_stride, values, indices, size);
+          py::gil_scoped_release unlocked;
+          temporal_median_cpu(a, static_cast<Dtype>(dtype));
+        });
+  m.def("temporal_median_backward_cpu",
+        [](uintptr_t grad, uintptr_t indices, uintptr_t out, int64_t bytes, int64_t B, int64_t T,
+           int64_t channels) {
+          py::gil_scoped_release unlocked;
+          temporal_median_backward_cpu(reinterpret_cast<const void*>(grad),
+                                       reinterpret_cast<const int64_t*>(indices),
+                                       reinterpret_cast<void*>(out), bytes, B, T, channels);
+        });
+#ifdef TIMO_CUDA
+  m.def("temporal_median_cuda",
+        [](uintptr_t x, Sizes4 stride, int dtype, uintptr_t valid, Sizes3 valid_stride,
+           uintptr_t values, uintptr_t indices, Sizes5 size, uintptr_t stream) {
+          const auto a = median_args(x, stride, valid, valid_stride, values, indices, size);
+          temporal_median_cuda(a, static_cast<Dtype>(dtype), reinterpret_cast<void*>(stream));
+        });
+  m.def("temporal_median_backward_cuda",
+        [](uintptr_t grad, uintptr_t indices, uintptr_t out, int64_t bytes, int64_t B, int64_t T,
+           int64_t channels, uintptr_t stream) {
+          temporal_median_backward_cuda(reinterpret_cast<const void*>(grad),
+                                        reinterpret_cast<const int64_t*>(indices),
+                                        reinterpret_cast<void*>(out), bytes, B, T, channels,
+                                        reinterpret_cast<void*>(stream));
+        });
+#endif
+}
