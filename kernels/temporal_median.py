@@ -71,9 +71,10 @@ def scatter_kernel(p_grad, p_indices, p_out, T, channels, BLOCK: tl.constexpr):
 
 
 def forward_config(dates: int) -> dict[str, int]:
-    """Tile of (dates, channels): 2048 values, so the two counts stay in registers."""
+    """Tile of (dates, channels): at most 16 values a thread, so both counts stay in registers."""
     rounded = triton.next_power_of_2(dates)
-    return {"DATES": rounded, "BLOCK": max(16, 2048 // rounded), "num_warps": 4}
+    block = min(512, max(16, 2048 // rounded))
+    return {"DATES": rounded, "BLOCK": block, "num_warps": max(4, rounded * block // 512)}
 
 
 def forward(x, valid, values, indices) -> None:

@@ -159,7 +159,7 @@ FORWARD = dispatch.register(
     _request,
     Backend(REFERENCE, reference, ANY_DEVICE, FLOATS),
     Backend(CPP, _kernel(_cpp), ("cpu",), FLOATS),
-    Backend(TRITON, _kernel(_triton), dispatch.triton_devices(), HALF_AND_SINGLE, max_dates=512),
+    Backend(TRITON, _kernel(_triton), dispatch.triton_devices(), HALF_AND_SINGLE, max_dates=256),
     Backend(CUDA, _kernel(_cuda), ("cuda",), FLOATS, max_dates=192, min_capability=(8, 0)),
 )
 BACKWARD = dispatch.register(

@@ -1,0 +1,48 @@
+# README's two commands are `make demo` and `make test`; both set up everything they need.
+PYTHON ?= python3
+OUT ?= runs/gpu
+BIN := .venv/bin
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: install demo test lint unit interpreter wheel gpu clean
+
+install: .venv/installed build/extension
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools pybind11 ninja
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[train,geo,dev]'
+	touch $@
+
+build/extension: setup.py $(SOURCES) .venv/installed
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+demo: install
+	$(BIN)/timo demo
+
+test: install lint unit interpreter wheel
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+unit: install
+	$(BIN)/pytest tests
+
+# Triton's kernels on the CPU; the interpreter must be chosen before triton is imported.
+interpreter: install
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/ops -k triton
+
+# Built without torch, installed in an environment of its own, used outside the tree.
+wheel: install
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
+	$(BIN)/python tests/wheel/run.py build/wheel/*.whl
+
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out $(OUT)
+
+clean:
+	rm -rf build dist *.egg-info timo/_C*.so

@@ -1,0 +1,87 @@
+"""Compile every shipped Triton configuration for GPUs that need not be there.
+
+Usage: python -m tests.ahead_of_time 90  -> one JSON object a line: kernel, registers, spills, ...
+Runs in a process of its own, since TRITON_INTERPRET must not be set.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from timo.kernels import temporal_median
+
+# Shared memory a block may use, bytes (CUDA programming guide, compute capabilities).
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
+POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
+
+
+def temporal_median_cases() -> Iterator[tuple]:
+    for dates in (1, 3, 10, 38, 128, 256):
+        config = temporal_median.forward_config(dates)
+        for pointer in POINTERS.values():
+            for has_valid in (False, True):
+                signature = {
+                    "p_x": pointer, "p_valid": "*u8", "p_values": pointer, "p_indices": "*i64",
+                    **dict.fromkeys(("channels", "H", "D", "T"), "i32"),
+                    **dict.fromkeys(("x_b", "x_t", "x_n", "x_h", "v_b", "v_t", "v_n"), "i64"),
+                }  # fmt: skip
+                constants = {
+                    "HAS_VALID": has_valid, "DATES": config["DATES"], "BLOCK": config["BLOCK"],
+                }  # fmt: skip
+                label = f"temporal_median T={dates} {pointer} valid={has_valid}"
+                kernel = temporal_median.median_kernel
+                yield label, kernel, signature, constants, config["num_warps"], 3
+    for pointer in POINTERS.values():
+        signature = {"p_grad": pointer, "p_indices": "*i64", "p_out": pointer}
+        signature |= {"T": "i32", "channels": "i64"}
+        label = f"temporal_median_backward {pointer}"
+        yield label, temporal_median.scatter_kernel, signature, {"BLOCK": 1024}, 4, 3
+
+
+def compile_one(kernel, signature, constants, warps, stages, capability) -> dict:
+    names = list(signature)
+    signature = signature | dict.fromkeys(constants, "constexpr")
+    # Pointers are 16-byte aligned at run time; without saying so vector loads are lost.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(
+        source, target=target, options={"num_warps": warps, "num_stages": stages}
+    )
+    return {**assemble(compiled.asm["ptx"], capability), "shared": compiled.metadata.shared}
+
+
+def assemble(ptx: str, capability: int) -> dict:
+    """Registers and spills as ptxas reports them."""
+    nvidia = triton.knobs.nvidia
+    tool = nvidia.ptxas_blackwell if capability >= 100 else nvidia.ptxas
+    arch = f"sm_{capability}" + ("a" if capability >= 90 else "")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [tool.path, "-v", f"-arch={arch}", source, "-o", Path(folder, "kernel.cubin")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", said)
+    spills = re.findall(r"(\d+) bytes spill", said)
+    return {"registers": int(registers[1]), "spills": sum(map(int, spills))}
+
+
+def main(capability: int) -> None:
+    for label, *case in temporal_median_cases():
+        print(json.dumps({"kernel": label, **compile_one(*case, capability)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

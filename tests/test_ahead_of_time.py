@@ -1,0 +1,41 @@
+"""Every shipped GPU configuration compiles, spills nothing and fits in shared memory."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+pytest.importorskip("triton")
+from tests.ahead_of_time import SHARED  # noqa: E402
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_triton_configurations(capability, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.ahead_of_time", str(capability)],
+        cwd=REPOSITORY, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(lines) > 30
+    for line in lines:
+        assert line["spills"] == 0, line
+        assert line["shared"] <= SHARED[capability], line
+
+
+def test_cuda_kernels_do_not_spill():
+    """nvcc's own report, kept by the build beside each object."""
+    reports = sorted(REPOSITORY.glob("build/obj-*-cuda/*.ptxas"))
+    if not reports:
+        pytest.skip("built without CUDA: no nvcc")
+    for report in reports:
+        text = report.read_text()
+        assert "Compiling entry function" in text, f"{report} holds no report"
+        assert set(re.findall(r"(\d+) bytes spill", text)) == {"0"}, report

@@ -1,0 +1,28 @@
+"""Install a wheel into an environment of its own and run smoke.py there, outside the tree.
+
+Usage: python tests/wheel/run.py build/wheel/timo-*.whl
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main(wheel: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, with_pip=True)
+        python = Path(folder, "bin", "python")
+        pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+        subprocess.run([*pip, "-c", ROOT / "constraints.txt", Path(wheel).resolve()], check=True)
+        nvcc = "yes" if shutil.which("nvcc") else "no"
+        smoke = Path(__file__).with_name("smoke.py")
+        subprocess.run([python, "-I", smoke, nvcc], check=True, cwd=folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

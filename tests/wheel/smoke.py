@@ -1,0 +1,23 @@
+"""What an installed wheel must do with core dependencies alone. Argument: nvcc there, yes or no."""
+
+import sys
+
+import torch
+
+import timo
+from timo import _C
+from timo.ops import dispatch
+
+assert "site-packages" in timo.__file__, timo.__file__
+if sys.argv[1] == "yes":
+    assert _C.has_cuda, "nvcc was there, but the wheel has no CUDA kernels"
+x = torch.randn(2, 5, 3, 2, 8)
+values, indices = timo.ops.temporal_median(x, backend="cpp")
+assert torch.equal(values, x.median(1).values) and torch.equal(indices, x.median(1).indices)
+import timo.kernels.temporal_median  # noqa: E402, F401
+
+model = timo.create_model("timo_tiny", task="segmentation", in_chans=5, num_classes=3)
+logits = model.eval()(torch.randn(1, 2, 5, 64, 96))
+assert logits.shape == (1, 3, 64, 96)
+assert not {"lightning", "rasterio", "torchvision", "matplotlib"} & set(sys.modules)
+print(f"wheel: 1 passed ({dispatch.explain('temporal_median', x).backend}, CUDA {_C.has_cuda})")
