@@ -22,7 +22,7 @@ def check_tensor(name: str, x: object, layout: str, dtypes: Sequence[torch.dtype
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {type(x).__name__}; it must be a tensor {layout}")
-    if x.ndim != layout.count(",") + (layout != "(D,)"):
+    if x.ndim != layout.count(",") + (not layout.endswith(",)")):
         raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {layout}")
     if x.dtype not in dtypes:
         known = ", ".join(dtype_name(d) for d in dtypes)

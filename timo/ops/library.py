@@ -30,3 +30,12 @@ def define(
     if backward is not None:
         torch.library.register_autograd(f"timo::{name}", backward, setup_context=save, lib=LIBRARY)
     return getattr(torch.ops.timo, name)
+
+
+def refuse_third_derivative(op: str) -> None:
+    """Raise where the second derivative of `op` would have to be differentiated again."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"third derivatives of {op} are not implemented; take its second derivatives without "
+            "create_graph=True"
+        )
