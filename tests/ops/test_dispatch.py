@@ -1,0 +1,86 @@
+"""Selection, explanation and the evidence behind `auto`."""
+
+import json
+
+import pytest
+import torch
+
+import timo
+from tests.conftest import REPOSITORY
+from timo.ops import dispatch
+
+X = torch.randn(1, 3, 4, 2, 8)
+
+
+def test_explain_names_every_backend():
+    choice = timo.ops.explain(timo.ops.temporal_median, X)
+    assert choice.backend in ("cpp", "reference")
+    assert {choice.backend, *choice.reasons} == set(dispatch.BACKENDS)
+    assert "not on cpu" in choice.reasons["cuda"]
+    assert str(choice).startswith("temporal_median: ")
+
+
+def test_environment_variable_and_argument(monkeypatch):
+    monkeypatch.setenv("TIMO_BACKEND", "reference")
+    assert timo.ops.explain("temporal_median", X).backend == "reference"
+    assert timo.ops.explain("temporal_median", X, backend="cpp,reference").backend in (
+        "cpp",
+        "reference",
+    )
+    monkeypatch.setenv("TIMO_BACKEND", "fast")
+    with pytest.raises(ValueError, match=r"'fast'.*TIMO_BACKEND.*reference, cpp, triton, cuda"):
+        timo.ops.temporal_median(X)
+
+
+def test_one_error_with_every_reason():
+    with pytest.raises(RuntimeError) as caught:
+        timo.ops.temporal_median(X, backend="cuda")
+    message = str(caught.value)
+    assert "(1, 3, 4, 2, 8) float32 on cpu" in message
+    for name in dispatch.BACKENDS:
+        assert f"  {name}: " in message
+
+
+def test_unknown_op():
+    with pytest.raises(ValueError, match=r"op is 'mean'.*temporal_median"):
+        timo.ops.explain("mean", X)
+
+
+def test_unproven_kernels_stay_off(monkeypatch):
+    """On a GPU whose capability has no committed parity result, auto keeps to the reference."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(dispatch, "unavailable", lambda backend: None)
+    record = dispatch.Backend("triton", None, ("cuda",), (torch.float32,))
+    op = dispatch.Op("op", None, {"triton": record, "reference": dispatch.Backend(
+        "reference", None, ("cuda",), (torch.float32,))})  # fmt: skip
+    request = dispatch.Request(torch.device("cuda"), torch.float32)
+    assert op.choose(request).backend == "reference"
+    assert "no committed parity result on sm_90" in op.choose(request).reasons["triton"]
+    assert op.choose(request, "triton").backend == "triton"
+    proven = dispatch.Backend("triton", None, ("cuda",), (torch.float32,), proven=("sm_90",))
+    op.backends["triton"] = proven
+    assert op.choose(request).backend == "triton"
+
+
+def test_limits_of_a_record():
+    record = dispatch.Backend(
+        "triton", None, ("cuda",), (torch.float32,), max_dates=8, head_dims=(8, 128)
+    )
+    request = dispatch.Request(torch.device("cpu"), torch.float64, dates=9, head_dim=256)
+    reasons = "; ".join(record.refusals(request))
+    for words in ("not on cpu", "not float64", "at most 8 dates", "head dimensions 8 to 128"):
+        assert words in reasons
+
+
+def test_proven_records_have_evidence():
+    """Every `proven` entry is backed by a committed parity.json of that capability."""
+    evidence = {}
+    for path in (REPOSITORY / "benchmarks" / "results").rglob("parity*.json"):
+        record = json.loads(path.read_text())
+        for op, backends in record["passed"].items():
+            for backend in backends:
+                evidence.setdefault((op, backend), set()).add(record["environment"]["capability"])
+    for op in dispatch.OPS.values():
+        for backend in op.backends.values():
+            known = evidence.get((op.name.removesuffix("_backward"), backend.name), set())
+            assert set(backend.proven) <= known, f"{op.name}: {backend.name}"
