@@ -1,0 +1,113 @@
+"""Joint and gyroscope attention over the tokens of a series."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timo import ops
+from timo.layers.norm import MaskedBatchNorm
+from timo.ops.checks import check_tensor, check_valid
+
+
+class JointAttention(nn.Module):
+    """Softmax attention of every token to every valid token of its series.
+
+    Source: model.md §1; energies are scaled by head_dim^-0.5.
+
+    Args:
+        dim: channels, a multiple of `num_heads`.
+        num_heads: heads.
+        qkv_bias: whether the query, key and value projections have a bias.
+
+    Shape:
+        x: (B, T·N, dim), date-major.
+        valid: (B, T) or (B, T, N) bool, true where usable; all usable if None.
+        output: (B, T·N, dim). Queries of a series without a valid token get finite values that
+            mean nothing.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim is {dim}; it must be a multiple of num_heads = {num_heads}")
+        self.dim, self.num_heads = dim, num_heads
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_heads={self.num_heads}"
+
+    def forward(self, x: Tensor, num_dates: int, valid: Tensor | None = None) -> Tensor:
+        grid = self._check(x, num_dates, valid)
+        heads = (self.num_heads, -1)
+        q = self.q(x).unflatten(-1, heads).transpose(1, 2)  # [B, H, L, D], a view
+        k, v = self.kv(x).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind()
+        mask = None
+        if valid is not None:
+            keys = (valid if valid.ndim == 3 else valid[:, :, None]).expand(grid).flatten(1)
+            # A softmax over no key at all is 0/0: such a series attends to everything instead,
+            # and its tokens, all invalid, are zeroed by the caller.
+            keys = keys | ~keys.any(1, keepdim=True)
+            mask = keys[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    def _check(self, x: Tensor, num_dates: int, valid: Tensor | None) -> tuple[int, int, int]:
+        """Raise unless the arguments fit; else (B, T, N)."""
+        check_tensor("x", x, "(B, T·N, dim)")
+        if x.shape[2] != self.dim:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; its last dimension must be dim = {self.dim}"
+            )
+        if num_dates < 1 or x.shape[1] % num_dates:
+            raise ValueError(
+                f"num_dates is {num_dates}; it must divide the {x.shape[1]} tokens of x, "
+                "which are date-major"
+            )
+        grid = (x.shape[0], num_dates, x.shape[1] // num_dates)
+        check_valid(valid, {"(B, T)": grid[:2], "(B, T, N)": grid}, x)
+        return grid
+
+
+class GyroscopeAttention(JointAttention):
+    """Spatiotemporal gyroscope attention, factored (specification: gyroscope.md).
+
+    Every token attends to its own position at the other dates, and to every position of its own
+    date through energies of the temporal medians, raised by a gate. Energies are not scaled.
+
+    Args:
+        dim: channels, a multiple of `num_heads`.
+        num_heads: heads.
+        qkv_bias: whether the query, key and value projections have a bias.
+
+    Shape:
+        x: (B, T·N, dim), date-major.
+        valid: (B, T) or (B, T, N) bool, true where usable; all usable if None.
+        output: (B, T·N, dim); at invalid tokens the bias of the output projection.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True):
+        super().__init__(dim, num_heads, qkv_bias)
+        self.gate = nn.Linear(dim // num_heads, 1, bias=False)  # shared by the heads
+        self.gate_norm = MaskedBatchNorm(1)
+
+    def forward(self, x: Tensor, num_dates: int, valid: Tensor | None = None) -> Tensor:
+        grid = self._check(x, num_dates, valid)
+        dates, heads = (num_dates, -1), (self.num_heads, -1)
+        q = self.q(x).unflatten(2, heads).unflatten(1, dates)  # [B, T, N, H, D]
+        k, v = self.kv(x).unflatten(2, (2, *heads)).unflatten(1, dates).unbind(3)  # strided views
+        q_median = ops.temporal_median(q, valid)[0]  # [B, N, H, D]
+        k_median = ops.temporal_median(k, valid)[0]
+        gate = self.gate(q - q_median.unsqueeze(1)).squeeze(-1)  # [B, T, N, H]
+        gate = torch.relu(self.gate_norm(gate.reshape(-1, 1), self._entries(valid, gate)))
+        out = ops.gyroscope_attention(q, k, v, q_median, k_median, gate.view(*grid, -1), valid)
+        return self.proj(out.flatten(3).flatten(1, 2))
+
+    @staticmethod
+    def _entries(valid: Tensor | None, gate: Tensor) -> Tensor | None:
+        """Validity of every entry of the gate, (B·T·N·H,)."""
+        if valid is None:
+            return None
+        valid = valid[..., None] if valid.ndim == 3 else valid[:, :, None, None]
+        return valid.expand(gate.shape).reshape(-1)

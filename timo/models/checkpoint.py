@@ -1,0 +1,249 @@
+"""Checkpoints: our own in safetensors, and those of the published code."""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from timo.models.create import create_model
+from timo.models.names import canonical, published
+
+GATE = re.compile(r"(.*\.attn\.|^)gate(_norm)?\.")
+# Parts of a model beside the encoder, by canonical names.
+PARTS = {
+    "pretraining decoder": ("decoder.",),
+    "segmentation head": ("upernet.", "classifier."),
+    "classification head": ("head.",),
+}
+
+
+@dataclass
+class LoadReport:
+    """What `load_checkpoint` did; names in the checkpoint are as they stand there.
+
+    Attributes:
+        mapped: name in the checkpoint -> name in the model, of all that was loaded.
+        renamed: those of `mapped` whose two names differ.
+        left_out: name in the checkpoint -> why it was not loaded.
+        missing_expected: name in the model -> why the checkpoint has nothing for it.
+    """
+
+    mapped: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    missing_expected: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        return {old: new for old, new in self.mapped.items() if old != new}
+
+    def __str__(self) -> str:
+        lines = [f"loaded {len(self.mapped)} tensors, {len(self.renamed)} of them renamed"]
+        for title, names in (("left out", self.left_out), ("kept fresh", self.missing_expected)):
+            reasons: dict[str, list[str]] = {}
+            for name, reason in names.items():
+                reasons.setdefault(reason, []).append(name)
+            for reason, group in reasons.items():
+                more = f" and {len(group) - 3} more" if len(group) > 3 else ""
+                lines.append(f"{title} ({reason}): {', '.join(group[:3])}{more}")
+        return "\n".join(lines)
+
+
+def load_checkpoint(model: nn.Module, path_or_mapping: str | os.PathLike | Mapping) -> LoadReport:
+    """Load weights, every one accounted for, or change nothing.
+
+    Args:
+        model: what `create_model` returns, or a bare `timo.layers.GyroscopeAttention`.
+        path_or_mapping: a .safetensors file; a published .pth; or a mapping, {"model": state} or
+            the state itself. Names are ours or the published ones. A checkpoint of one task loads
+            into a model of another: the encoder is what they share.
+
+    Returns:
+        What was mapped, left out, and not found though that was expected.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file cannot be read or holds more than tensors and plain values; or keys
+            are unexpected, missing, ambiguous or of the wrong shape or kind: names them all.
+    """
+    if isinstance(path_or_mapping, Mapping):
+        source, state = "the mapping", path_or_mapping
+    else:
+        source = str(path_or_mapping)
+        state = _read(Path(path_or_mapping))
+    if isinstance(state.get("model"), Mapping):
+        state = state["model"]
+    target = {canonical(name): (name, x) for name, x in model.state_dict().items()}
+    report, pairs, errors = _match(state, target)
+    if errors:
+        raise ValueError(
+            f"{source} does not fit {type(model).__name__}; nothing was loaded:\n  "
+            + "\n  ".join(errors)
+        )
+    with torch.no_grad():
+        for own, x in pairs:
+            own.copy_(x)
+    return report
+
+
+def _match(
+    state: Mapping, target: dict[str, tuple[str, Tensor]]
+) -> tuple[LoadReport, list[tuple[Tensor, Tensor]], list[str]]:
+    """Pair the tensors of a checkpoint with those of a model; what does not fit, in words."""
+    report, pairs, errors = LoadReport(), [], []
+    names = {key: canonical(key) for key in state}
+    # A pretraining or segmentation checkpoint may carry a classification head that it never uses.
+    pretraining = any(_part(name) == "pretraining decoder" for name in names.values())
+    found: dict[str, str] = {}
+    for key, name in names.items():
+        x, unused = state[key], key.startswith("encoder.head.") or pretraining
+        if not isinstance(x, Tensor):
+            errors.append(f"{key} is {type(x).__name__}, not a tensor")
+        elif unused and _part(name) == "classification head":
+            report.left_out[key] = "unused linear head"
+        elif name not in target:
+            reason = _why_left_out(name, target)
+            if reason:
+                report.left_out[key] = reason
+            else:
+                errors.append(f"unexpected: {key}")
+        elif name in found:
+            errors.append(f"ambiguous: {found[name]} and {key} are the same parameter")
+        else:
+            found[name] = key
+            own_name, own = target[name]
+            if x.shape != own.shape:
+                errors.append(
+                    f"{key} has shape {tuple(x.shape)}; the model's {own_name} has "
+                    f"{tuple(own.shape)}"
+                )
+            elif x.is_floating_point() != own.is_floating_point():
+                errors.append(f"{key} is {x.dtype}; the model's {own_name} is {own.dtype}")
+            report.mapped[key] = own_name
+            pairs.append((own, x))
+    parts = {_part(name) for name in found}
+    gates = any(GATE.match(name) for name in names.values())
+    for name, (own_name, _) in target.items():
+        if name in found:
+            continue
+        part = _part(name)
+        if GATE.match(name) and not gates:
+            report.missing_expected[own_name] = "a pretraining checkpoint has no gates"
+        elif part in ("classification head", "segmentation head") and part not in parts:
+            report.missing_expected[own_name] = f"the checkpoint has no {part}"
+        else:
+            errors.append(f"missing: {own_name}")
+    return report, pairs, errors
+
+
+def _part(name: str) -> str | None:
+    """Which part a canonical name belongs to; None for the encoder."""
+    return next((part for part, starts in PARTS.items() if name.startswith(starts)), None)
+
+
+def _why_left_out(name: str, target: dict) -> str | None:
+    """Why a model may do without the parameter; None if it is simply unknown."""
+    if (gate := GATE.match(name)) and f"{gate[1]}q.weight" in target:
+        return "gate of a block with joint attention"
+    part = _part(name)
+    if part and not any(_part(own) == part for own in target):
+        return f"the model has no {part}"
+    return None
+
+
+def save_checkpoint(model: nn.Module, path: str | os.PathLike, format: str = "native") -> None:
+    """Save the weights; a file of that name is replaced only once the new one is complete.
+
+    Args:
+        model: what `create_model` returns, or one of its layers.
+        path: where to; its folder must exist. Name native files `.safetensors`.
+        format: "native" for safetensors with our names and the arguments of `create_model`;
+            "published" for the authors' layout, {"model": state} with their names.
+
+    Raises:
+        ValueError: unknown format, a native name without .safetensors, or layer scale, which
+            published checkpoints do not know.
+    """
+    path = Path(path)
+    if format not in ("native", "published"):
+        raise ValueError(f"format is {format!r}; it must be native or published")
+    if (format == "native") != (path.suffix == ".safetensors"):
+        raise ValueError(
+            f"path is {path}; the native format needs the suffix .safetensors, the published one "
+            "another, as .pth"
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} does not exist; create the folder first")
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    if format == "published":
+        if scales := [k for k in state if k.endswith((".scale1", ".scale2"))]:
+            raise ValueError(
+                f"{scales[0]} has no published name, for published models have no layer scale; "
+                'save with format="native"'
+            )
+        prefix = "encoder." if any(_part(k) == "segmentation head" for k in state) else ""
+        state = {published(k, prefix): v for k, v in state.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if format == "published":
+            torch.save({"model": state}, temporary)
+        else:
+            config = json.dumps(getattr(model, "config", None))
+            save_file(state, temporary, metadata={"format": "timo", "config": config})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def model_from_checkpoint(path: str | os.PathLike) -> nn.Module:
+    """Build the model that a native checkpoint was saved from, and load its weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_checkpoint`; or the file does not say how its
+            model was built.
+    """
+    path = Path(path)
+    metadata: dict = {}
+    if path.suffix == ".safetensors":
+        _read(path, metadata)
+    config = json.loads(metadata.get("config", "null"))
+    if config is None:
+        raise ValueError(
+            f"{path} does not say how its model was built; call create_model and load_checkpoint, "
+            "and save native checkpoints from models that create_model made"
+        )
+    model = create_model(**config)
+    load_checkpoint(model, path)
+    return model
+
+
+def _read(path: Path, metadata: dict | None = None) -> Mapping:
+    """The content of a checkpoint file; `metadata` is filled from a safetensors header."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                if metadata is not None:
+                    metadata.update(file.metadata() or {})
+                return {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no exception of its own for a damaged file
+        raise ValueError(
+            f"{path} is damaged or holds more than tensors and plain values, which is not "
+            f"executed; re-save it as {{'model': state_dict}} where you trust it: {error}"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}; it must hold a dict")
+    return content

@@ -1,0 +1,147 @@
+"""The hierarchical encoder of satellite image time series."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from timo.layers import Block, PatchMerging, Stem
+from timo.layers.position import grid_code, months_since_first
+from timo.layers.validity import per_map, per_token, pool_valid, zero_invalid
+from timo.models.inputs import check_series, clear_invalid, pad_frames, pad_valid
+from timo.models.weights import initialise
+
+STRIDES = (4, 8, 16, 32)
+
+
+class Stage(nn.Module):
+    """Embedding, blocks and the closing layer norm of one stage.
+
+    Shape of `forward`, which runs the blocks and the norm: (B, T, h, w, D) -> the same.
+    """
+
+    def __init__(self, embed: nn.Module, blocks: Sequence[Block], dim: int):
+        super().__init__()
+        self.embed = embed
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        shape, usable = x.shape, per_token(valid)
+        x = x.flatten(1, 3)  # [B, T·h·w, D]
+        for block in self.blocks:
+            x = block(x, shape[1], usable)
+        return self.norm(x).view(shape)
+
+
+class Encoder(nn.Module):
+    """TiMo encoder: four stages of strides 4, 8, 16, 32 (specification: model.md §1 and §3).
+
+    Args:
+        in_chans: bands C.
+        embed_dims, num_heads, depths: of the four stages.
+        attention: "gyroscope" or "joint" for each stage.
+        drop_path_rate: stochastic depth of the last block; rises linearly from 0.
+        layer_scale: see `timo.layers.Block`.
+        temporal_position: "index" codes the frame's index, "days" the months since the earliest
+            valid date.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        embed_dims: Sequence[int],
+        num_heads: Sequence[int],
+        depths: Sequence[int],
+        attention: Sequence[str],
+        drop_path_rate: float = 0.0,
+        layer_scale: float | None = None,
+        temporal_position: str = "index",
+    ):
+        super().__init__()
+        self.embed_dims = tuple(embed_dims)
+        self.temporal_position = temporal_position
+        total, done = sum(depths), 0
+        for i, dim in enumerate(embed_dims):
+            rates = [drop_path_rate * k / max(total - 1, 1) for k in range(done, done + depths[i])]
+            blocks = [Block(dim, num_heads[i], attention[i], rate, layer_scale) for rate in rates]
+            embed = PatchMerging(embed_dims[i - 1], dim) if i else Stem(in_chans, dim)
+            self.add_module(f"stage{i + 1}", Stage(embed, blocks, dim))
+            done += depths[i]
+        self.apply(initialise)
+
+    def extra_repr(self) -> str:
+        return f"temporal_position={self.temporal_position!r}"
+
+    @property
+    def stem(self) -> Stem:
+        return self.stage1.embed
+
+    def forward(
+        self, frames: Tensor, dates: Tensor | None = None, valid: Tensor | None = None
+    ) -> list[Tensor]:
+        """Feature maps of every frame.
+
+        Args:
+            frames: (B, T, C, H, W) floating values of any T, H, W >= 1.
+            dates: (B, T) int64 days; used with temporal_position="days" only.
+            valid: (B, T) or (B, T, H, W) bool, true where usable; all usable if None.
+
+        Returns:
+            four maps (B, T, D_i, ceil(H / s), ceil(W / s)) for s = 4, 8, 16, 32; 0 at tokens
+            without a valid pixel.
+
+        Raises:
+            TypeError, ValueError: see `timo.models.inputs.check_series`.
+        """
+        check_series(frames, dates, valid, self.stem.conv.weight, self.temporal_position)
+        return self.features(frames, dates, valid)[0]
+
+    def features(
+        self, frames: Tensor, dates: Tensor | None, valid: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """`forward` of checked inputs, with the validity of the maps beside them.
+
+        Returns:
+            maps as `forward`; and for each None, (B, T) or (B, T, h, w) bool.
+        """
+        H, W = frames.shape[3:]
+        time = self.time(frames, dates, valid)
+        valid = pad_valid(valid, frames)
+        frames = pad_frames(frames.to(self.stem.conv.weight.dtype))
+        frames = clear_invalid(frames, valid)
+        x = self.stem(frames.flatten(0, 1), per_map(pool_valid(valid, 2)))
+        x = x.unflatten(0, frames.shape[:2])  # [B, T, h, w, D]
+        x = x + grid_code(time, *x.shape[2:]).to(x.dtype)
+        maps, valids = [], []
+        for (tokens, usable), s in zip(self.run_stages(x, pool_valid(valid, 4)), STRIDES):
+            h, w = -(-H // s), -(-W // s)
+            maps.append(tokens[:, :, :h, :w].permute(0, 1, 4, 2, 3))
+            whole = usable is None or usable.ndim == 2
+            valids.append(usable if whole else usable[:, :, :h, :w])
+        return maps, valids
+
+    def time(self, frames: Tensor, dates: Tensor | None, valid: Tensor | None) -> Tensor:
+        """Temporal positions of the frames: (T,) indices or (B, T) months."""
+        if self.temporal_position == "days":
+            return months_since_first(dates, valid)
+        return torch.arange(frames.shape[1], device=frames.device)
+
+    def run_stages(self, x: Tensor, valid: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+        """The four stages on embedded tokens.
+
+        Args:
+            x: (B, T, h, w, D) tokens of stride 4; in pretraining T counts mask units.
+            valid: None, (B, T) or (B, T, h, w) bool.
+
+        Returns:
+            each stage's map (B, T, h_i, w_i, D_i), 0 where invalid, and its validity.
+        """
+        out = []
+        for stage in (self.stage1, self.stage2, self.stage3, self.stage4):
+            if out:
+                x = stage.embed(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+                valid = pool_valid(valid, 2)
+            x = zero_invalid(stage(x, valid), valid)
+            out.append((x, valid))
+        return out

@@ -1,0 +1,258 @@
+"""The masked autoencoder: pretraining on a quarter of the 32×32 units."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from timo import ops
+from timo.layers import Block
+from timo.layers.position import grid_code, unit_code
+from timo.layers.validity import per_map, pool_valid
+from timo.models.encoder import Encoder
+from timo.models.inputs import UNIT, check_series, pad_frames, pad_valid
+from timo.models.weights import initialise
+from timo.ops.checks import dtype_name
+from timo.ops.gather_units import check_ids, per_band, physical, visible_pixels
+
+
+class MAEOutput(NamedTuple):
+    """What the masked autoencoder returns; ids as in `timo.ops.gather_units`."""
+
+    loss: Tensor  # scalar, mean squared error over valid pixels of masked units
+    pred: Tensor  # (B, M, C·32·32), channel-major, in the order of masked_ids
+    visible_ids: Tensor  # (B, K) int64, ascending
+    masked_ids: Tensor  # (B, M) int64, ascending: the other units
+    latent: Tensor  # (B, K, D), the encoder's output of the visible units
+
+
+class Decoder(nn.Module):
+    """From visible latents to the pixels of masked units (specification: model.md §2).
+
+    Args:
+        in_dim: channels of the latents.
+        dim, num_heads, depth: width, heads and number of blocks.
+        out_dim: values of a unit, C·32·32.
+    """
+
+    def __init__(self, in_dim: int, dim: int, num_heads: int, depth: int, out_dim: int):
+        super().__init__()
+        self.embed = nn.Linear(in_dim, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pred = nn.Linear(dim, out_dim)
+        self.apply(initialise)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self, latent: Tensor, visible_ids: Tensor, masked_ids: Tensor, time: Tensor,
+        grid: tuple[int, int], valid: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Predictions of the masked units.
+
+        Args:
+            latent: (B, K, in_dim).
+            visible_ids, masked_ids: (B, K) and (B, M) int64.
+            time: temporal positions, (T,) or (B, T).
+            grid: rows and columns of units in a frame.
+            valid: (B, units) bool or None; other units are no keys.
+
+        Returns:
+            (B, M, out_dim).
+        """
+        token = self.mask_token.flatten()
+        x = self.embed(latent).to(token.dtype)  # the residual stream stays wide under autocast
+        code = grid_code(time, *grid, len(token)).to(token.dtype).flatten(-4, -2)
+        if code.ndim == 2:
+            x = ops.scatter_units(x, visible_ids, token, code)
+        else:  # positions differ between the samples
+            x = ops.scatter_units(x, visible_ids, token, torch.zeros_like(code[0])) + code
+        for block in self.blocks:
+            x = block(x, x.shape[1], valid)
+        x = x.gather(1, masked_ids[..., None].expand(-1, -1, x.shape[2]))
+        return self.pred(self.norm(x))
+
+
+class MaskedAutoencoder(nn.Module):
+    """Masked autoencoder with joint attention over visible tokens (specification: model.md §2).
+
+    Args:
+        encoder: the encoder, with joint attention in every stage.
+        decoder_embed_dim, decoder_num_heads, decoder_depth: of the decoder.
+        pixel_norm: normalisation of the target, see `timo.ops.masked_pixel_loss`.
+        stem_statistics: in training mode, batch statistics of the stem over the positions of
+            "visible" units, or of "all" the masked frames as in the published code.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder_embed_dim: int = 512,
+        decoder_num_heads: int = 16,
+        decoder_depth: int = 8,
+        pixel_norm: str = "none",
+        stem_statistics: str = "visible",
+    ):
+        super().__init__()
+        self.encoder = encoder
+        self.pixel_norm, self.stem_statistics = pixel_norm, stem_statistics
+        values = encoder.stem.conv.in_channels * UNIT**2
+        self.decoder = Decoder(
+            encoder.embed_dims[-1], decoder_embed_dim, decoder_num_heads, decoder_depth, values
+        )
+
+    def extra_repr(self) -> str:
+        return f"pixel_norm={self.pixel_norm!r}, stem_statistics={self.stem_statistics!r}"
+
+    def forward(
+        self,
+        frames: Tensor,
+        mask_ratio: float = 0.75,
+        visible_ids: Tensor | None = None,
+        dates: Tensor | None = None,
+        valid: Tensor | None = None,
+        *,
+        scale: Tensor | float | None = None,
+        offset: Tensor | float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> MAEOutput:
+        """Reconstruct masked units.
+
+        Args:
+            frames: (B, T, C, H, W) uint8, uint16 or floating, at least two units in all.
+            mask_ratio: share of units to hide, between 0 and 1; unused with `visible_ids`.
+            visible_ids: (B, K) int64, ascending units to keep; drawn at random if None, which
+                waits for the device if `valid` is given, for K depends on it.
+            dates: (B, T) int64 days; used with temporal_position="days" only.
+            valid: (B, T) or (B, T, H, W) bool, true where usable; all usable if None.
+            scale, offset: number or (C,) tensor; a pixel x is seen as `x * scale + offset`.
+                Integer frames need `scale`.
+            generator: of the random draw, on the device of the frames.
+
+        Raises:
+            TypeError, ValueError: names the argument, what it was and what it must be.
+        """
+        encoder, weight = self.encoder, self.encoder.stem.conv.weight
+        check_series(frames, dates, valid, weight, encoder.temporal_position, raw=True)
+        if not frames.is_floating_point() and scale is None:
+            raise ValueError(
+                f"frames is {dtype_name(frames.dtype)} and scale is missing; raw values need "
+                "scale (and offset if not 0), as scale=1 / 255"
+            )
+        B, T, _, H, W = frames.shape
+        grid = (-(-H // UNIT), -(-W // UNIT))
+        pixels = pad_valid(valid, frames)
+        usable = None if valid is None else unit_valid(pixels, grid)
+        units = T * grid[0] * grid[1]
+        if visible_ids is None:
+            visible_ids = draw_units(frames, units, usable, mask_ratio, generator)
+        else:
+            check_ids("visible_ids", visible_ids, frames)
+            if visible_ids.shape[1] >= units:
+                raise ValueError(
+                    f"visible_ids has shape {tuple(visible_ids.shape)}; at least one of the "
+                    f"{units} units must be masked"
+                )
+        masked_ids = complement(visible_ids, units)
+        time = encoder.time(frames, dates, valid)
+        values = dict(scale=scale, offset=offset, valid=valid)
+        seen = select_units(pixels, visible_ids, grid)
+        if self.training and self.stem_statistics == "all":
+            tokens = self._dense_stem(frames, visible_ids, pixels, grid, **values)
+        else:
+            tiles = ops.gather_units(frames, visible_ids, dtype=compute_dtype(weight), **values)
+            tokens = encoder.stem(tiles.flatten(0, 1), per_map(pool_valid(seen, 2)), halo=True)
+            tokens = tokens.unflatten(0, visible_ids.shape)  # [B, K, 8, 8, D]
+        code = unit_code(time, visible_ids, grid, *tokens.shape[3:])
+        tokens = tokens + code.to(tokens.dtype)
+        latent = encoder.run_stages(tokens, pool_valid(seen, 4))[-1][0].flatten(2)
+        pred = self.decoder(latent, visible_ids, masked_ids, time, grid, usable)
+        loss = ops.masked_pixel_loss(pred, frames, masked_ids, norm=self.pixel_norm, **values)
+        return MAEOutput(loss, pred, visible_ids, masked_ids, latent)
+
+    def _dense_stem(self, frames, visible_ids, pixels, grid, scale, offset, valid) -> Tensor:
+        """Stem on the whole masked frames, then the tokens of visible units, (B, K, 8, 8, D)."""
+        stem = self.encoder.stem
+        dtype = stem.conv.weight.dtype
+        wide = torch.float64 in (dtype, frames.dtype)  # as in gather_units
+        scale, offset = (
+            per_band(name, value, frames, wide)
+            for name, value in (("scale", scale), ("offset", offset))
+        )
+        image = physical(frames, scale, offset, torch.float64 if wide else torch.float32)
+        image = torch.where(visible_pixels(frames, visible_ids, valid, UNIT), image, 0).to(dtype)
+        tokens = stem(pad_frames(image).flatten(0, 1), per_map(pool_valid(pixels, 2)))
+        return select_units(tokens.unflatten(0, frames.shape[:2]), visible_ids, grid)
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """What a convolution with `weight` computes in: autocast's dtype where it is on."""
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
+
+
+def draw_units(
+    frames: Tensor,
+    units: int,
+    usable: Tensor | None,
+    mask_ratio: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Draw visible units, the same number for every sample, none without a valid pixel.
+
+    Args:
+        usable: (B, units) bool, or None.
+
+    Returns:
+        (B, K) int64, ascending; K = floor(least number of usable units · (1 − mask_ratio)), at
+        least 1, at most one less than that number.
+    """
+    if not isinstance(mask_ratio, int | float) or not 0 < mask_ratio < 1:
+        raise ValueError(f"mask_ratio is {mask_ratio!r}; it must be a number between 0 and 1")
+    if units < 2:
+        raise ValueError(
+            f"frames has shape {tuple(frames.shape)}, a single unit of {UNIT}×{UNIT} pixels; at "
+            "least two are needed: pass more dates or a larger window"
+        )
+    least = units if usable is None else int(usable.sum(1).min())
+    keep = max(1, min(math.floor(least * (1 - mask_ratio) + 1e-9), least - 1))
+    scores = torch.rand((len(frames), units), device=frames.device, generator=generator)
+    if usable is not None:
+        scores = scores.masked_fill(~usable, 2.0)  # behind every usable unit
+    return scores.argsort(1)[:, :keep].sort(1).values
+
+
+def complement(ids: Tensor, units: int) -> Tensor:
+    """The other units, ascending: (B, K) -> (B, units − K)."""
+    B, K = ids.shape
+    kept = torch.zeros((B, units), dtype=torch.uint8, device=ids.device).scatter(1, ids, 1)
+    return kept.argsort(stable=True, dim=1)[:, : units - K]
+
+
+def unit_valid(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Which units have a valid pixel, (B, units), of (B, T) or (B, T, H, W) validity."""
+    if pixels.ndim == 2:
+        return pixels[..., None].expand(-1, -1, grid[0] * grid[1]).flatten(1)
+    return pool_valid(pixels, UNIT).flatten(1)
+
+
+def select_units(x: Tensor | None, ids: Tensor, grid: tuple[int, int]) -> Tensor | None:
+    """The units `ids` of maps.
+
+    Args:
+        x: None, (B, T), or (B, T, h, w, ...) where a unit is s×s entries.
+
+    Returns:
+        None, (B, K), or (B, K, s, s, ...).
+    """
+    if x is None:
+        return None
+    sample = torch.arange(len(ids), device=ids.device)[:, None]
+    rows, columns = grid
+    if x.ndim == 2:
+        return x[sample, ids // (rows * columns)]
+    x = x.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).transpose(3, 4)
+    return x[sample, ids // (rows * columns), ids // columns % rows, ids % columns]
