@@ -1,0 +1,237 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from tests.data.writers import frames, write_numpy
+from timo.data import DataError, NumpySeries, open_series, validate_sample
+
+DATES = ["2020-05-01", "2019-01-02T10:11:25", "2021", "2019-01-02T10:04:09"]
+BY_DATE = [3, 1, 0, 2]
+DAYS = ["2019-01-02", "2019-01-02", "2020-05-01", "2021-07-01"]
+
+
+def companions(seed=5):
+    rng = np.random.default_rng(seed)
+    return rng.random((4, 40, 50)) < 0.5, rng.integers(0, 6, (4, 40, 50))
+
+
+@pytest.mark.parametrize("layout", ["TCHW", "THWC"])
+@pytest.mark.parametrize("auto", [False, True])
+def test_frames_validity_and_masks_come_sorted(tmp_path, layout, auto):
+    pixels = frames(4)
+    valid, mask = companions()
+    stored = pixels if layout == "TCHW" else pixels.transpose(0, 2, 3, 1)
+    write_numpy(tmp_path / "a", stored, DATES, valid, mask.astype("uint8"))
+    data = NumpySeries(tmp_path / "a", layout="auto" if auto else layout)
+    sample = data[0]
+    validate_sample(sample, data.bands)
+    assert np.array_equal(sample["image"].numpy(), pixels[BY_DATE])
+    assert np.array_equal(sample["valid"].numpy(), valid[BY_DATE])
+    assert np.array_equal(sample["mask"].numpy(), mask[BY_DATE])
+    assert sample["dates"].tolist() == np.array(DAYS, "datetime64[D]").astype(int).tolist()
+    assert sample["name"] == "a" and data.bands == ("band1", "band2", "band3")
+
+
+def test_mask_of_the_series_cloud_mask_and_trailing_axes(tmp_path):
+    pixels = frames(4)
+    valid, mask = companions()
+    write_numpy(tmp_path, pixels, DATES)
+    np.save(tmp_path / "cloud.npy", (~valid).astype("uint8")[..., None])
+    np.save(tmp_path / "labels.npy", mask[0, :, :, None])
+    data = NumpySeries(
+        tmp_path, valid="cloud.npy", invalid_where=1, mask="labels.npy", ignore_label=0
+    )
+    sample = data[0]
+    assert np.array_equal(sample["valid"].numpy(), valid[BY_DATE])
+    assert np.array_equal(sample["mask"].numpy(), np.where(mask[0] == 0, 255, mask[0]))
+
+
+def test_validity_of_whole_dates(tmp_path):
+    write_numpy(tmp_path, frames(4), DATES, np.array([True, False, True, True]))
+    valid = NumpySeries(tmp_path)[0]["valid"]
+    assert valid.shape == (4, 40, 50) and valid.all((1, 2)).tolist() == [True, False, True, True]
+    assert not valid[1].any()
+
+
+def test_select_tiles_and_nan(tmp_path):
+    pixels = frames(4, dtype="float32")
+    pixels[1, 2, 20, 30] = np.nan
+    write_numpy(tmp_path, pixels, DATES)
+    data = NumpySeries(tmp_path, bands=["R", "G", "B"], select=["B", "R"], tile=16)
+    for i in range(len(data)):
+        row, col = data[i]["window"]
+        expected = np.nan_to_num(pixels[BY_DATE][:, [2, 0], row : row + 16, col : col + 16])
+        assert np.array_equal(data[i]["image"].numpy(), expected)
+    assert sum(data.nonfinite(i).sum() for i in range(len(data))) > 0
+    without = NumpySeries(tmp_path, bands=["R", "G", "B"], select=["G"])
+    assert without[0]["valid"].all() and without.nonfinite(0).sum() == 0
+
+
+def test_folders_and_workers(tmp_path):
+    for name in "bac":
+        write_numpy(tmp_path / name, frames(4, seed=ord(name)), DATES, *companions(ord(name)))
+    data = open_series(tmp_path, tile=(40, 25))
+    assert [s.name for s in data.series] == ["a", "b", "c"] and isinstance(data, NumpySeries)
+    expected = [data[i] for i in range(6)]
+    assert np.array_equal(expected[2]["image"], frames(4, seed=ord("b"))[BY_DATE][..., :25])
+    for cache in (False, True):
+        data = NumpySeries(tmp_path, tile=(40, 25), cache=cache)
+        for workers in (0, 1, 2):
+            loader = DataLoader(data, batch_size=None, num_workers=workers)
+            for got, want in zip(loader, expected, strict=True):
+                assert all(torch.equal(got[k], want[k]) for k in ("image", "valid", "mask"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "bands", "layout"),
+    [
+        ((4, 3, 40, 50), None, "TCHW"),
+        ((4, 40, 50, 3), None, "THWC"),
+        ((4, 8, 8, 9), list("abcdefghi"), "THWC"),
+        ((4, 9, 8, 8), list("abcdefghi"), "TCHW"),
+    ],
+)
+def test_layout_is_told_apart(tmp_path, shape, bands, layout):
+    write_numpy(tmp_path, np.ones(shape, "uint8"), DATES)
+    wanted = shape if layout == "TCHW" else tuple(np.array(shape)[[0, 3, 1, 2]])
+    assert NumpySeries(tmp_path, bands=bands)[0]["image"].shape == wanted
+
+
+def test_layout_that_cannot_be_told_apart(tmp_path):
+    write_numpy(tmp_path, np.ones((4, 10, 8, 9), "uint8"), DATES)
+    with pytest.raises(DataError, match=r'series.npy: shape \(4, 10, 8, 9\).*layout="TCHW"'):
+        NumpySeries(tmp_path)
+    assert NumpySeries(tmp_path, layout="TCHW")[0]["image"].shape == (4, 10, 8, 9)
+    np.save(tmp_path / "valid.npy", np.ones((4, 8, 9), bool))
+    assert NumpySeries(tmp_path)[0]["image"].shape == (4, 10, 8, 9)
+    with pytest.raises(ValueError, match='layout: must be "TCHW", "THWC" or "auto", got \'CTHW\''):
+        NumpySeries(tmp_path, layout="CTHW")
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.array([{"a": 1}, None]), "cannot be read as a plain NumPy array.*no objects"),
+        (np.ones((4, 40, 50)), r"must be \(T, C, H, W\).*\(4, 40, 50\).*array\[:, None\]"),
+        (np.ones((0, 3, 40, 50)), r"must be .* nothing empty, has shape \(0, 3, 40, 50\)"),
+        (np.ones((4, 3, 40, 50), complex), "pixels of type complex128 are not supported"),
+    ],
+)
+def test_bad_arrays(tmp_path, array, message):
+    write_numpy(tmp_path, array, DATES)
+    with pytest.raises(DataError, match="series.npy: " + message):
+        NumpySeries(tmp_path)
+
+
+def test_truncated_and_missing(tmp_path):
+    write_numpy(tmp_path, frames(4), DATES)
+    path = tmp_path / "series.npy"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match="series.npy: cannot be read.*complete .npy"):
+        NumpySeries(tmp_path)
+    with pytest.raises(DataError, match="other.npy: cannot be read"):
+        NumpySeries(tmp_path / "other.npy")
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(DataError, match="sub: is empty; it must hold series.npy with dates.json"):
+        NumpySeries(tmp_path / "sub")
+
+
+@pytest.mark.parametrize(
+    ("dates", "message"),
+    [
+        (DATES[:3], r"dates.json: lists 3 dates, .*series.npy has 4 frames"),
+        ([*DATES[:3], "2021-07-01"], "dates.json entry 3 and .*dates.json entry 4 have the same"),
+        ([*DATES[:3], "spring"], "dates.json: entry 4: 'spring' is none of YYYY"),
+    ],
+)
+def test_bad_dates(tmp_path, dates, message):
+    write_numpy(tmp_path, frames(4), dates)
+    with pytest.raises(DataError, match=message):
+        NumpySeries(tmp_path)
+
+
+def test_no_dates(tmp_path):
+    write_numpy(tmp_path, frames(4), DATES)
+    (tmp_path / "dates.json").rename(tmp_path / "when.json")
+    with pytest.raises(DataError, match="series.npy: no dates.json .* lies beside it.*dates="):
+        NumpySeries(tmp_path)
+    with pytest.raises(DataError, match="then.json: does not exist; it must lie beside series.npy"):
+        NumpySeries(tmp_path, dates="then.json")
+    assert len(NumpySeries(tmp_path, dates="when.json")) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("valid", np.ones((3, 40, 50), bool), r"valid.npy: must be .*\(4, 40, 50\) or \(4,\)"),
+        ("valid", np.ones((4, 40, 50)), r"valid.npy: must be integers or bool.*got float64"),
+        ("mask", np.ones((50, 40), int), r"mask.npy: must be .*\(40, 50\) or .*got int64 \(50, 40"),
+        ("mask", np.full((40, 50), 256), r"labels must be in 0 ... 254.*256 ... 256; renumber"),
+        ("mask", np.full((40, 50), -1), r"labels must be in 0 ... 254.*-1 ... -1; renumber"),
+    ],
+)
+def test_bad_companions(tmp_path, name, array, message):
+    write_numpy(tmp_path, frames(4), DATES, **{name: array})
+    with pytest.raises(DataError, match=message):
+        NumpySeries(tmp_path, layout="TCHW")[0]
+
+
+def test_bands_that_do_not_fit(tmp_path):
+    write_numpy(tmp_path, frames(4), DATES)
+    with pytest.raises(DataError, match="bands: must name all 3 bands of .*series.npy.*select="):
+        NumpySeries(tmp_path, bands=["R", "G"])
+    write_numpy(tmp_path / "x" / "a", frames(4), DATES)
+    write_numpy(tmp_path / "x" / "b", frames(4, bands=4), DATES)
+    with pytest.raises(
+        DataError, match="b/series.npy: has 4 bands of uint16, .*a/series.npy has 3"
+    ):
+        NumpySeries(tmp_path / "x")
+
+
+def test_slovenian_scenes(data_root):
+    folder = data_root / "slovenia_sentinel2"
+    bands = "B01 B02 B03 B04 B05 B06 B07 B08 B8A B09 B10 B11 B12".split()
+    data = NumpySeries(
+        folder / "scenes.npy",
+        dates="scene_dates.json",
+        mask="lulc.npy",
+        bands=bands,
+        units="reflectance",
+        ignore_label=0,
+    )
+    sample = data[0]
+    validate_sample(sample, tuple(bands))
+    listed = json.loads((folder / "scene_dates.json").read_text())
+    assert listed != sorted(listed)
+    stored = np.load(folder / "scenes.npy")
+    for day, frame in zip(sample["dates"], sample["image"]):
+        at = listed.index(str(np.datetime64(int(day), "D")))
+        assert np.array_equal(frame.permute(1, 2, 0).numpy(), stored[at])
+    # The two cloudy days are the bright ones.
+    bright = sample["image"][:, bands.index("B02")].mean((1, 2)).argsort()[-2:].sort().values
+    assert [str(np.datetime64(int(sample["dates"][i]), "D")) for i in bright] == [
+        "2015-07-31",
+        "2015-08-20",
+    ]
+    assert sample["mask"].unique().tolist() == [1, 2, 3, 4, 8, 255]
+
+
+def test_slovenian_index_series(data_root):
+    data = NumpySeries(
+        data_root / "slovenia_sentinel2" / "ndvi.npy",
+        dates="ndvi_timestamps.json",
+        valid="cloud_mask.npy",
+        invalid_where=1,
+        mask="lulc.npy",
+        bands=["NDVI"],
+    )
+    sample = data[0]
+    validate_sample(sample, ("NDVI",))
+    assert sample["image"].shape == (68, 1, 101, 100)
+    assert sample["valid"].float().mean() == pytest.approx(0.60, abs=0.01)
+    assert (sample["dates"].diff() == 0).sum() == 1  # two orbits on 2015-12-08
+    image, valid = sample["image"][:, 0], sample["valid"]
+    assert image[valid].mean() > image[~valid].mean() + 0.2  # clouds hide the green

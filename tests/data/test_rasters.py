@@ -1,0 +1,426 @@
+import pickle
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from rasterio.transform import Affine
+from torch.utils.data import DataLoader
+
+from tests.data.writers import TRANSFORM, frames, write_rasters, write_tif
+from timo.data import (
+    DataError,
+    RasterSeries,
+    collate_series,
+    open_series,
+    open_water,
+    validate_sample,
+)
+
+NAMES = ["2020", "201807", "20190105_x", "2020_03_04_L2A", "20200101T101010"]
+BY_DATE = [1, 2, 4, 3, 0]  # positions in NAMES; sorted as text they would be 1, 2, 0, 4, 3
+DAYS = ["2018-07-15", "2019-01-05", "2020-01-01", "2020-03-04", "2020-07-01"]
+
+
+def days(texts):
+    return np.array(texts, "datetime64[D]").astype(int).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32", "float64", "int32"])
+def test_frames_come_sorted_with_their_pixels(tmp_path, dtype):
+    pixels = frames(5, dtype=dtype)
+    write_rasters(tmp_path, NAMES, pixels)
+    data = RasterSeries(tmp_path)
+    assert len(data) == 1 and data.bands == ("band1", "band2", "band3")
+    sample = data[0]
+    validate_sample(sample, data.bands)
+    kept = dtype if dtype in ("uint8", "uint16") else "float32"
+    assert sample["image"].dtype == getattr(torch, kept)
+    assert np.array_equal(sample["image"].numpy(), pixels[BY_DATE])
+    assert sample["dates"].tolist() == days(DAYS)
+    assert sample["valid"].all() and "mask" not in sample and "window" not in sample
+    series = data.series[0]
+    assert (series.height, series.width) == (40, 50) and series.transform == TRANSFORM
+    assert series.crs.to_epsg() == 32718 and sample["name"] == tmp_path.name
+
+
+def test_validity_and_masks_are_sorted_with_the_frames(tmp_path):
+    write_rasters(tmp_path, NAMES, frames(5))
+    valid = np.random.default_rng(2).integers(0, 2, (5, 40, 50)).astype("uint8")
+    mask = np.random.default_rng(3).integers(0, 9, (5, 40, 50)).astype("uint8")
+    dates = ["2020", "201807", "2019-01-05", "20200304", "20200101T101010"]
+    for i in (0, 2, 3, 4):
+        write_tif(tmp_path / f"{dates[i]}_valid.tif", valid[i])
+        write_tif(tmp_path / f"{dates[i]}_mask.tif", mask[i], nodata=7)
+    sample = RasterSeries(tmp_path)[0]
+    valid[1], mask[1] = 1, 255
+    assert np.array_equal(sample["valid"].numpy(), valid[BY_DATE] == 1)
+    assert np.array_equal(sample["mask"].numpy(), np.where(mask == 7, 255, mask)[BY_DATE])
+
+
+def test_mask_of_the_series(tmp_path):
+    write_rasters(tmp_path, NAMES, frames(5))
+    mask = np.random.default_rng(3).integers(0, 4, (40, 50)).astype("uint8")
+    write_tif(tmp_path / "mask.tif", mask)
+    sample = RasterSeries(tmp_path, ignore_label=0)[0]
+    assert np.array_equal(sample["mask"].numpy(), np.where(mask == 0, 255, mask))
+    assert sample["mask"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_pixel_without_data_in_any_selected_band_is_not_valid(tmp_path, given):
+    pixels = frames(2, dtype="int16")
+    pixels[0, 0, 3, 4] = pixels[1, 2, 5, 6] = -99
+    write_rasters(tmp_path, NAMES[:2], pixels, nodata=None if given else -99)
+    nodata = -99 if given else None
+    everything = RasterSeries(tmp_path, nodata=nodata)[0]
+    holes = (~everything["valid"]).nonzero().tolist()
+    assert holes == [[0, 5, 6], [1, 3, 4]]  # NAMES[1] is the earlier
+    assert everything["image"].min() == 0
+    last = RasterSeries(tmp_path, nodata=nodata, select=["band3"])[0]
+    assert (~last["valid"]).nonzero().tolist() == [[0, 5, 6]]
+
+
+def test_mask_inside_the_file(tmp_path):
+    paths = write_rasters(tmp_path, NAMES[:2], frames(2))
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(paths[1], "r+") as file:
+        inside = np.ones((40, 50), bool)
+        inside[:7] = False
+        file.write_mask(inside)
+    for options in ({}, {"nodata": 0}):
+        valid = RasterSeries(tmp_path, **options)[0]["valid"]
+        assert np.array_equal(valid[0].numpy(), inside) and valid[1].all()
+
+
+def test_nan_and_infinity_are_not_valid_and_become_0(tmp_path):
+    pixels = frames(2, dtype="float32")
+    pixels[0, 1, 2, 3] = np.nan
+    pixels[0, 2, 2, 4] = -np.inf
+    write_rasters(tmp_path, ["2001", "2002"], pixels)
+    data = RasterSeries(tmp_path)
+    sample = data[0]
+    assert (~sample["valid"]).nonzero().tolist() == [[0, 2, 3], [0, 2, 4]]
+    assert sample["image"][0, 1, 2, 3] == 0 and sample["image"][0, 2, 2, 4] == 0
+    assert sample["image"].isfinite().all() and data.nonfinite(0).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_nan_as_nodata_is_no_fault(tmp_path, given):
+    pixels = frames(1, dtype="float32")
+    pixels[0, 1, 2, 3] = np.nan
+    write_rasters(tmp_path, ["2001"], pixels, nodata=None if given else np.nan)
+    data = RasterSeries(tmp_path, nodata=np.nan if given else None)
+    assert (~data[0]["valid"]).nonzero().tolist() == [[0, 2, 3]]
+    assert data.nonfinite(0).tolist() == [0]
+
+
+def test_bands_by_name(tmp_path):
+    pixels = frames(1)
+    write_rasters(tmp_path, ["2001"], pixels, descriptions=("R", "G", "B"))
+    data = RasterSeries(tmp_path, select=["B", "R"], scale=[1, 2])
+    assert data.bands == ("B", "R") and data.scale.tolist() == [1, 2]
+    assert np.array_equal(data[0]["image"].numpy(), pixels[:, [2, 0]])
+    assert RasterSeries(tmp_path, bands=["x", "y", "z"], select=["y"]).bands == ("y",)
+    with pytest.raises(DataError, match="no band named N; the files hold R, G, B"):
+        RasterSeries(tmp_path, select=["N"])
+    with pytest.raises(DataError, match="bands: must name all 3 bands of 2001.tif.*select="):
+        RasterSeries(tmp_path, bands=["x"])
+
+
+def test_scale_in_the_files(tmp_path):
+    paths = write_rasters(tmp_path, ["2001", "2002"], frames(2))
+    for path in paths:
+        with rasterio.open(path, "r+") as file:
+            file.scales, file.offsets = (1e-4, 1e-4, 2e-4), (-0.1, 0, 0)
+    data = RasterSeries(tmp_path, select=["band3", "band1"])
+    assert data.scale.tolist() == pytest.approx([2e-4, 1e-4])
+    assert data.offset.tolist() == pytest.approx([0, -0.1])
+    assert RasterSeries(tmp_path, scale=1.0).scale.tolist() == [1, 1, 1]
+    with rasterio.open(paths[1], "r+") as file:
+        file.offsets = (0, 0, 0)
+    with pytest.raises(DataError, match="2002.tif: its offsets is .* one offset for each band"):
+        RasterSeries(tmp_path)
+
+
+def test_folders_of_series(tmp_path):
+    for name in ("b", "c", "a"):
+        count = 2 + (name == "a")
+        write_rasters(tmp_path / name, NAMES[:count], frames(count, seed=ord(name)))
+    data = RasterSeries(tmp_path)
+    assert [s.name for s in data.series] == ["a", "b", "c"]
+    assert np.array_equal(data[2]["image"].numpy(), frames(2, seed=ord("c"))[[1, 0]])
+    assert [s.name for s in RasterSeries(tmp_path, samples=["c", "a"]).series] == ["c", "a"]
+    assert collate_series([data[0], data[1]])["image"].shape == (2, 3, 3, 40, 50)
+    write_rasters(tmp_path / "d", ["2001"], frames(1, bands=4))
+    with pytest.raises(DataError, match=r"d/2001.tif: its band count is 4, that of .*a/.* is 3"):
+        RasterSeries(tmp_path)
+
+
+def test_tiles_cover_the_raster_and_stay_inside(tmp_path):
+    pixels = frames(2)
+    write_rasters(tmp_path, ["2001", "2002"], pixels)
+    data = RasterSeries(tmp_path, tile=16)
+    seen = np.zeros((40, 50), int)
+    for i in range(len(data)):
+        sample = data[i]
+        row, col = sample["window"]
+        seen[row : row + 16, col : col + 16] += 1
+        assert np.array_equal(sample["image"].numpy(), pixels[..., row : row + 16, col : col + 16])
+        assert sample["valid"].all()
+    assert len(data) == 12 and seen.min() == 1
+    assert data[11]["window"] == (24, 34)
+    assert len(RasterSeries(tmp_path, tile=(40, 16), stride=8)) == 6
+
+
+def test_regions_do_not_overlap(tmp_path):
+    pixels = frames(1)
+    write_rasters(tmp_path, ["2001"], pixels)
+    west = RasterSeries(tmp_path, tile=16, region=(0.0, 0.0, 1.0, 0.6))
+    east = RasterSeries(tmp_path, tile=16, region=(0, 30, 40, 50))
+    assert max(west[i]["window"][1] for i in range(len(west))) + 16 <= 30
+    assert min(east[i]["window"][1] for i in range(len(east))) >= 30
+    whole = RasterSeries(tmp_path, region=(8, 10, 24, 50))[0]
+    assert np.array_equal(whole["image"].numpy(), pixels[..., 8:24, 10:50])
+    assert whole["window"] == (8, 10)
+    for region in ((0, 0, 41, 50), (0.0, 0.0, 1.0, 1.5), (5, 5, 5, 9), (0, 0, 1)):
+        with pytest.raises(ValueError, match="region: must be .* within 40 x 50 pixels"):
+            RasterSeries(tmp_path, region=region)
+
+
+def test_a_tile_beyond_the_raster_is_padded_and_not_valid_there(tmp_path):
+    pixels = frames(1)
+    write_rasters(tmp_path, ["2001"], pixels)
+    write_tif(tmp_path / "mask.tif", np.ones((40, 50), "uint8"))
+    sample = RasterSeries(tmp_path, tile=(64, 50))[0]
+    validate_sample(sample)
+    assert np.array_equal(sample["image"][..., :40, :].numpy(), pixels)
+    assert sample["valid"][:, :40].all() and not sample["valid"][:, 40:].any()
+    assert (sample["mask"][:40] == 1).all() and (sample["mask"][40:] == 255).all()
+
+
+def test_windows_with_too_few_valid_pixels_are_left_out(tmp_path):
+    pixels = frames(2)
+    pixels[:, :, :, :25] = 0
+    pixels[0] = np.where(np.arange(50) < 30, 0, pixels[0])
+    write_rasters(tmp_path, ["2001", "2002"], pixels, nodata=0)
+    windows = [RasterSeries(tmp_path, tile=(40, 10), min_valid=v) for v in (0, 0.01, 0.5, 1)]
+    assert [len(w) for w in windows] == [5, 3, 2, 2]
+    with pytest.raises(DataError, match="no window has 10% valid pixels; the best has 0.0%"):
+        RasterSeries(tmp_path, tile=(40, 10), region=(0, 0, 40, 20), min_valid=0.1)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_workers_and_cache_change_nothing(tmp_path, cache):
+    pixels = frames(5, dtype="float32")
+    pixels[0, 0, :9, 20:] = np.nan
+    write_rasters(tmp_path, NAMES, pixels)
+    write_tif(tmp_path / "mask.tif", frames(1, 1, dtype="uint8")[0, 0])
+    expected = [RasterSeries(tmp_path, tile=16)[i] for i in range(12)]
+    data = pickle.loads(pickle.dumps(RasterSeries(tmp_path, tile=16, cache=cache)))
+    for workers in (0, 1, 2):
+        loader = DataLoader(data, batch_size=None, num_workers=workers)
+        for got, want in zip(loader, expected, strict=True):
+            for key in ("image", "dates", "valid", "mask"):
+                assert torch.equal(got[key], want[key])
+    data[0]["image"].zero_()
+    assert torch.equal(data[0]["image"], expected[0]["image"])
+
+
+def test_labels_made_on_the_fly(tmp_path):
+    pixels = frames(2)
+    pixels[0, 0, 0, 0] = 0
+    write_rasters(tmp_path, ["2001", "2002"], pixels, nodata=0)
+    bands = ("SWIR1", "NIR", "Green")
+    sample = RasterSeries(tmp_path, bands=bands, scale=1e-4, labels=open_water)[0]
+    expected = (pixels[:, 2] > pixels[:, 0]).astype(int)
+    expected[0, 0, 0] = 255
+    assert np.array_equal(sample["mask"].numpy(), expected)
+    wrong = RasterSeries(tmp_path, labels=lambda image, valid, bands: image)
+    with pytest.raises(ValueError, match=r"labels: must return int64 of shape \(40, 50\)"):
+        wrong[0]
+
+
+def test_rasters_without_georeference(tmp_path, recwarn):
+    write_rasters(tmp_path, ["2001", "2002"], frames(2), crs=None, transform=None)
+    assert RasterSeries(tmp_path)[0]["image"].shape == (2, 3, 40, 50)
+    assert not [w for w in recwarn if "timo" in str(w.filename)]
+
+
+# Every bad input is one error that names the file and what to do.
+
+
+def cut(path, share):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+def test_truncated_file(tmp_path):
+    paths = write_rasters(tmp_path, ["2001", "2002"], frames(2))
+    cut(paths[1], 0.5)
+    with pytest.raises(DataError, match="2002.tif: cannot be read as a raster.*fetch or write"):
+        RasterSeries(tmp_path)[0]
+    cut(paths[1], 0)
+    with pytest.raises(DataError, match="2002.tif: cannot be read as a raster"):
+        RasterSeries(tmp_path)
+
+
+def test_file_that_vanishes_or_was_never_there(tmp_path):
+    paths = write_rasters(tmp_path, ["2001", "2002"], frames(2))
+    data = RasterSeries(tmp_path)
+    paths[0].unlink()
+    with pytest.raises(DataError, match="2001.tif: cannot be read as a raster.*missing"):
+        data[0]
+    paths[0].symlink_to("elsewhere.tif")
+    with pytest.raises(DataError, match="2001.tif: cannot be read as a raster"):
+        RasterSeries(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"crs": "EPSG:32719"}, r"its CRS is EPSG:32719, that of .*2001.tif is EPSG:32718"),
+        ({"transform": Affine(10, 0, 500_005, 0, -10, 9_000_000)}, r"its transform is \(10"),
+        ({"transform": Affine(10.01, 0, 500_000, 0, -10, 9_000_000)}, "its transform is"),
+        ({"pixels": frames(1, width=51)[0]}, "its size is 40 x 51, that of .* is 40 x 50 pixels"),
+    ],
+)
+def test_another_grid(tmp_path, change, message):
+    write_rasters(tmp_path, ["2001", "2002"], frames(2))
+    options = {"pixels": frames(1)[0]} | change
+    write_tif(tmp_path / "2003.tif", **options)
+    remedy = r".*gdalwarp -t_srs EPSG:32718 -te 500000.0 8999600.0 500500.0 9000000.0 -ts 50 40"
+    with pytest.raises(DataError, match="2003.tif: " + message + remedy):
+        RasterSeries(tmp_path)
+    (tmp_path / "2003.tif").rename(tmp_path / "mask.tif")
+    with pytest.raises(DataError, match="mask.tif: " + message):
+        RasterSeries(tmp_path)
+
+
+def test_rounding_of_the_transform_is_no_other_grid(tmp_path):
+    write_rasters(tmp_path, ["2001"], frames(1))
+    nudged = Affine(10, 0, 500_000.01, 0, -10, 9_000_000)
+    write_tif(tmp_path / "2002.tif", frames(1)[0], transform=nudged)
+    assert len(RasterSeries(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("pixels", "options", "message"),
+    [
+        (
+            frames(1, bands=2)[0],
+            {"descriptions": "RG"},
+            "its band count is 2, that of .*2001.tif is 3; write the same",
+        ),
+        (frames(1, dtype="uint8")[0], {}, "its dtype is uint8, .* is uint16; .*gdal_translate -ot"),
+        (frames(1)[0], {"descriptions": "GRB"}, r"its band descriptions is \('G', 'R', 'B'\)"),
+    ],
+)
+def test_another_content(tmp_path, pixels, options, message):
+    write_rasters(tmp_path, ["2001", "2002"], frames(2), descriptions="RGB")
+    write_tif(tmp_path / "2003.tif", pixels, **({"descriptions": "RGB"} | options))
+    with pytest.raises(DataError, match="2003.tif: " + message):
+        RasterSeries(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["2001", "2001_07_01"], "2001.tif and .*2001_07_01.tif have the same date.*keep one"),
+        (["20010101_B2", "20010101_B3"], "same date.*gdalbuildvrt -separate"),
+        (["2001", "dem"], "dem.tif: its name must begin with the acquisition date"),
+        (["2001", "2002_valid"], "2002_valid.tif: no image of the same date.*rename"),
+        (["2001", "2001_mask", "200107_mask", "2001_07_01_mask"], "have the same date; keep one"),
+        (["2001", "2001_mask", "mask"], "mask.tif: lies beside .*2001_mask.tif; keep one"),
+        (["mask"], "holds no rasters named"),
+    ],
+)
+def test_bad_names(tmp_path, names, message):
+    write_rasters(tmp_path, names, frames(len(names), bands=1, dtype="uint8"))
+    with pytest.raises(DataError, match=message):
+        RasterSeries(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (frames(1, bands=2, dtype="uint8")[0], "mask.tif: must have 1 band, has 2; write one"),
+        (frames(1, bands=1, dtype="float32")[0], "mask.tif: must hold integers, holds float32"),
+    ],
+)
+def test_bad_mask(tmp_path, pixels, message):
+    write_rasters(tmp_path, ["2001"], frames(1))
+    write_tif(tmp_path / "mask.tif", pixels)
+    with pytest.raises(DataError, match=message):
+        RasterSeries(tmp_path)
+
+
+def test_labels_out_of_range(tmp_path):
+    write_rasters(tmp_path / "a", ["2001"], frames(1))
+    write_tif(tmp_path / "a" / "mask.tif", np.full((40, 50), 1000, "int16"))
+    with pytest.raises(DataError, match="'a': labels must be in 0 ... 254.*1000 ... 1000"):
+        RasterSeries(tmp_path)[0]
+    assert (RasterSeries(tmp_path, ignore_label=1000)[0]["mask"] == 255).all()
+
+
+def test_complex_pixels(tmp_path):
+    write_rasters(tmp_path, ["2001"], frames(1, dtype="complex64"))
+    with pytest.raises(DataError, match="2001.tif: pixels of type complex64 are not supported"):
+        RasterSeries(tmp_path)
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(DataError, match="none: is not a folder"):
+        RasterSeries(tmp_path / "none")
+    with pytest.raises(DataError, match="is empty; it must hold rasters named"):
+        RasterSeries(tmp_path)
+    write_rasters(tmp_path / "a", ["2001"], frames(1))
+    (tmp_path / "b").mkdir()
+    with pytest.raises(DataError, match="b: holds no rasters.*complete or remove it.*samples="):
+        RasterSeries(tmp_path)
+    with pytest.raises(DataError, match="c: holds no rasters"):
+        RasterSeries(tmp_path, samples=["a", "c"])
+    write_rasters(tmp_path, ["2002"], frames(1))
+    with pytest.raises(DataError, match="holds rasters named.*and also folders of them"):
+        RasterSeries(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tile": 0}, "tile: must be a positive int"),
+        ({"tile": (8, 8, 8)}, "tile: must be a positive int"),
+        ({"stride": 8}, "stride: needs tile"),
+        ({"tile": 8, "stride": -1}, "stride: must be a positive int"),
+        ({"min_valid": 2}, "min_valid: must be a share"),
+        ({"scale": [1, 2]}, "scale: must be one finite number, or one for each of the 3 bands"),
+        ({"select": "band1"}, "select: must be a sequence of band names"),
+    ],
+)
+def test_bad_arguments(tmp_path, options, message):
+    write_rasters(tmp_path, ["2001"], frames(1))
+    with pytest.raises(ValueError, match=message):
+        RasterSeries(tmp_path, **options)
+
+
+def test_open_series(tmp_path):
+    with pytest.raises(DataError, match="holds neither rasters named.*nor series.npy"):
+        open_series(tmp_path)
+    write_rasters(tmp_path / "a", ["2001"], frames(1))
+    assert isinstance(open_series(tmp_path, tile=8), RasterSeries)
+    (tmp_path / "series.npy").touch()
+    with pytest.raises(DataError, match="holds both"):
+        open_series(tmp_path)
+
+
+def test_pucallpa(data_root):
+    bands = ("SWIR1", "NIR", "Red", "Green")
+    data = RasterSeries(data_root / "pucallpa_landsat", bands=bands, labels=open_water)
+    sample = data[0]
+    validate_sample(sample, bands)
+    assert sample["image"].shape == (8, 4, 377, 697) and sample["image"].dtype == torch.uint8
+    assert sample["dates"].tolist() == days([f"{y}-07-01" for y in range(1985, 2021, 5)])
+    assert 0.9995 < sample["valid"].float().mean() < 1
+    water = (sample["mask"] == 1).float().mean((1, 2))
+    assert (water > 0.03).all() and (water < 0.07).all()
+    changed = ((sample["mask"][0] == 1) != (sample["mask"][-1] == 1)).float().mean()
+    assert changed > 0.03  # the river moves: most of its bed of 1985 is land in 2020

@@ -1,0 +1,210 @@
+"""NumPy arrays with a list of dates as a dataset."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from timo.data.contract import DataError, select_bands
+from timo.data.dates import order_of, read_dates, to_days
+from timo.data.series import Labels, Series, WindowedSeries, sample_folders, tensor_dtype
+
+_DATES = ("dates.json", "dates.csv", "dates.txt")
+_WHAT = f"series.npy with {' or '.join(_DATES)}"
+
+
+class NumpySeries(WindowedSeries):
+    """Array of frames with a file of dates, or folder of folders with such, as a dataset.
+
+    `path` is an `.npy` file, or a folder with `series.npy`, or a folder of such folders. Beside
+    the array lie the files named by `dates`, `valid` and `mask`; by default `dates.json`, `.csv`
+    or `.txt`, and `valid.npy` and `mask.npy` where they exist. Frames come out in ascending order
+    of date whatever their order on disk, and validity and masks with them.
+
+    Args:
+        path: array or folder; `samples` names the subfolders to use (None: all).
+        dates: file with one date for each frame, in the order of the array.
+        valid: file (T, H, W[, 1]) or (T,); a pixel is unusable where it equals `invalid_where`.
+        mask: labels (H, W[, 1]), or (T, H, W[, 1]) for each frame.
+        invalid_where: 0 for validity (True or 1 = usable), 1 for a cloud mask (1 = cloud).
+        layout: "TCHW", "THWC" or "auto": bands are on the axis that leaves the height and width
+            of `valid` or `mask`, or has as many entries as `bands`, or is the shortest.
+        bands: names of the array's bands in order; None for band1, band2, ...
+        select: names of the bands to give out, in that order; None for all.
+        units, scale, offset: physical = raw * scale + offset, one number or one for each selected
+            band.
+        tile, stride, region, min_valid, labels, ignore_label, cache: as in WindowedSeries.
+
+    Raises:
+        DataError: naming the file, for what cannot be read or does not fit together.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        dates: str | None = None,
+        valid: str | None = None,
+        mask: str | None = None,
+        invalid_where: int = 0,
+        layout: str = "auto",
+        bands: Sequence[str] | None = None,
+        select: Sequence[str] | None = None,
+        units: str = "DN",
+        scale: float | Sequence[float] = 1.0,
+        offset: float | Sequence[float] = 0.0,
+        tile: int | tuple[int, int] | None = None,
+        stride: int | tuple[int, int] | None = None,
+        region: Sequence[float] | None = None,
+        min_valid: float = 0.0,
+        labels: Labels | None = None,
+        ignore_label: int | None = None,
+        cache: bool = False,
+        samples: Sequence[str] | None = None,
+    ):
+        if layout not in ("auto", "TCHW", "THWC"):
+            raise ValueError(f'layout: must be "TCHW", "THWC" or "auto", got {layout!r}')
+        path = Path(path)
+        if path.suffix == ".npy":
+            arrays = [path]
+        else:
+            folders = sample_folders(path, samples, _holds_series, _WHAT)
+            arrays = [folder / "series.npy" for folder in folders]
+        self.invalid_where = invalid_where
+        self._sources = [_Source(array, dates, valid, mask, layout, bands) for array in arrays]
+        first = self._sources[0]
+        for source in self._sources[1:]:
+            if (source.count, source.dtype) != (first.count, first.dtype):
+                raise DataError(
+                    f"{source.path}: has {source.count} bands of {source.dtype}, {first.path} has "
+                    f"{first.count} of {first.dtype}; all series of a dataset must agree"
+                )
+        held = list(bands) if bands else [f"band{i + 1}" for i in range(first.count)]
+        self._positions = select_bands(held, select)
+        super().__init__(
+            [source.series() for source in self._sources],
+            tile, stride, region, min_valid, labels, ignore_label, cache,
+            bands=[held[i] for i in self._positions], units=units, scale=scale, offset=offset,
+        )  # fmt: skip
+
+    def _read(self, number, row, col, h, w):
+        source = self._sources[number]
+        box = np.s_[:, row : row + h, col : col + w]
+        frames = load_array(source.path)
+        frames = np.moveaxis(frames, -1, 1) if source.layout == "THWC" else frames
+        image = frames[(box[0], slice(None), *box[1:])][source.order][:, self._positions]
+        valid = np.ones((len(image), h, w), bool)
+        if source.valid is not None:
+            held = _without_last(load_array(source.valid))
+            held = held[box] if held.ndim == 3 else held[:, None, None]
+            valid &= held[source.order] != self.invalid_where
+        mask = None
+        if source.mask is not None:
+            mask = _without_last(load_array(source.mask))
+            mask = mask[box][source.order] if mask.ndim == 3 else np.array(mask[box[1:]])
+        return image, valid, mask
+
+
+class _Source:
+    """The files of one series, checked against one another."""
+
+    def __init__(self, path: Path, dates, valid, mask, layout: str, bands):
+        self.path = path
+        frames = load_array(path)
+        if frames.ndim != 4 or 0 in frames.shape:
+            raise DataError(
+                f"{path}: must be (T, C, H, W) or (T, H, W, C) with nothing empty, has shape "
+                f"{frames.shape}; a single band needs its own axis: array[:, None]"
+            )
+        try:
+            self.dtype = tensor_dtype(frames.dtype)
+        except ValueError as error:
+            raise DataError(f"{path}: {error}") from None
+        self.valid = _beside(path, valid, ("valid.npy",))
+        self.mask = _beside(path, mask, ("mask.npy",))
+        self.layout = self._layout(frames.shape, layout, bands)
+        t = frames.shape[0]
+        self.count = frames.shape[1 if self.layout == "TCHW" else 3]
+        self.size = frames.shape[2:] if self.layout == "TCHW" else frames.shape[1:3]
+        if bands is not None and len(bands) != self.count:
+            raise DataError(
+                f"bands: must name all {self.count} bands of {path} (shape {frames.shape} as "
+                f"{self.layout}) in order, got {bands}; select= picks some of them"
+            )
+        dates_path = _beside(path, dates, _DATES)
+        if dates_path is None:
+            raise DataError(
+                f"{path}: no {' or '.join(_DATES)} lies beside it; name the file with dates="
+            )
+        read = read_dates(dates_path)
+        if len(read) != t:
+            raise DataError(
+                f"{dates_path}: lists {len(read)} dates, {path} has {t} frames (shape "
+                f"{frames.shape}); one date for each frame is needed"
+            )
+        self.order = order_of(read, [f"{dates_path} entry {i + 1}" for i in range(t)])
+        self.dates = [read[i] for i in self.order]
+        h, w = self.size
+        for file, shapes in ((self.valid, [(t, h, w), (t,)]), (self.mask, [(h, w), (t, h, w)])):
+            if file is not None:
+                held = _without_last(load_array(file))
+                if held.shape not in shapes or held.dtype.kind not in "biu":
+                    raise DataError(
+                        f"{file}: must be integers or bool of shape {shapes[0]} or {shapes[1]} "
+                        f"(one more axis of 1 at the end is fine) to go with {path}, got "
+                        f"{held.dtype} {held.shape}"
+                    )
+
+    def series(self) -> Series:
+        name = self.path.parent.name if self.path.name == "series.npy" else self.path.stem
+        return Series(name, to_days(self.dates), *self.size)
+
+    def _layout(self, shape: tuple[int, ...], layout: str, bands: Sequence[str] | None) -> str:
+        if layout != "auto":
+            return layout
+        _, a, b, c = shape
+        spatial = [
+            _without_last(load_array(file)).shape[-2:]
+            for file in (self.valid, self.mask)
+            if file is not None and load_array(file).ndim > 1
+        ]
+        clues = [  # each says whether TCHW and whether THWC is possible; the first decisive wins
+            ((b, c) in spatial, (a, b) in spatial),
+            (bands is not None and len(bands) == a, bands is not None and len(bands) == c),
+            (a < min(b, c), c < min(a, b)),
+        ]
+        for first, last in clues:
+            if first != last:
+                return "TCHW" if first else "THWC"
+        raise DataError(
+            f"{self.path}: shape {shape} does not tell which axis holds the bands; state "
+            'layout="TCHW" or layout="THWC"'
+        )
+
+
+def load_array(path: Path) -> np.ndarray:
+    """The array in an `.npy` file, memory-mapped; DataError naming the file for any other."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: cannot be read as a plain NumPy array ({error}); it must be a complete .npy "
+            "file of numbers: np.save(path, np.asarray(array, np.float32)), no objects"
+        ) from None
+
+
+def _holds_series(folder: Path) -> bool:
+    return (folder / "series.npy").exists()
+
+
+def _beside(path: Path, name: str | None, defaults: Sequence[str]) -> Path | None:
+    """File `name` in the folder of `path`; without a name the first default that exists."""
+    if name is None:
+        return next((path.parent / d for d in defaults if (path.parent / d).exists()), None)
+    if not (path.parent / name).exists():
+        raise DataError(f"{path.parent / name}: does not exist; it must lie beside {path.name}")
+    return path.parent / name
+
+
+def _without_last(array: np.ndarray) -> np.ndarray:
+    """`array` without a last axis of 1 that follows height and width."""
+    return array[..., 0] if array.ndim > 2 and array.shape[-1] == 1 else array

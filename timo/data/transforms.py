@@ -1,0 +1,114 @@
+"""Random changes of samples and batches, the same for image, validity and mask.
+
+A transform is a function `(sample, generator) -> sample`; the sample is one of the contract or a
+batch of `collate_series`, on any device. Decisions are drawn on the CPU from the explicit
+generator, for each sample of a batch anew, so the result does not depend on the device.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Generator, Tensor
+from torch.utils.data import Dataset
+
+Transform = Callable[[dict, Generator], dict]
+
+_SPATIAL = ("image", "valid", "mask")
+
+
+def random_flip(sample: dict, generator: Generator) -> dict:
+    """Flip left-right with probability 1/2, and up-down with probability 1/2."""
+    for axis in (-1, -2):
+        sample = _where(_coins(sample, generator), sample, lambda x, axis=axis: x.flip(axis))
+    return sample
+
+
+def random_rotate90(sample: dict, generator: Generator) -> dict:
+    """Rotate by 0, 90, 180 or 270 degrees, alike likely; by 0 or 180 where H and W differ."""
+    h, w = sample["image"].shape[-2:]
+    if h == w:
+        sample = _where(_coins(sample, generator), sample, lambda x: x.rot90(1, (-2, -1)))
+    return _where(_coins(sample, generator), sample, lambda x: x.rot90(2, (-2, -1)))
+
+
+class TemporalSubset:
+    """Keep `count` random frames of a sample in ascending order; all where it has no more."""
+
+    def __init__(self, count: int):
+        if count < 1:
+            raise ValueError(f"count: must be at least 1, got {count}")
+        self.count = count
+
+    def __call__(self, sample: dict, generator: Generator) -> dict:
+        t = len(sample["dates"])
+        if t <= self.count:
+            return sample
+        kept = torch.randperm(t, generator=generator)[: self.count].sort().values
+        keys = ["image", "dates", "valid"]
+        if "mask" in sample and sample["mask"].ndim == 3:
+            keys.append("mask")
+        return sample | {key: sample[key][kept] for key in keys}
+
+
+class TransformedSeries(Dataset):
+    """`dataset` with transforms, each sample's draws fixed by (seed, epoch, index) alone.
+
+    So every epoch draws anew, and the draws do not depend on the number of workers. `set_epoch`
+    reaches workers that live on (`persistent_workers=True`): the epoch lies in shared memory.
+    Attributes (`bands`, `scale`, `statistics`, ...) are those of `dataset`.
+    """
+
+    def __init__(self, dataset: Dataset, transforms: Sequence[Transform], seed: int = 0):
+        self.dataset, self.transforms, self.seed = dataset, tuple(transforms), seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        generator = sample_generator(self.seed, int(self._epoch), index)
+        sample = self.dataset[index]
+        for transform in self.transforms:
+            sample = transform(sample, generator)
+        return sample
+
+    def __getattr__(self, name: str):
+        if name == "dataset" or name.startswith("__"):  # while unpickling there is no dataset yet
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+def sample_generator(seed: int, epoch: int, index: int) -> Generator:
+    """CPU generator whose state depends on (seed, epoch, index) and on nothing else."""
+    key = 0
+    for part in (seed, epoch, index):
+        # SplitMix64's finaliser: neighbouring numbers give unrelated seeds.
+        key = (key + part + 0x9E3779B97F4A7C15) % 2**64
+        key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        key = (key ^ (key >> 27)) * 0x94D049BB133111EB % 2**64
+        key ^= key >> 31
+    return Generator().manual_seed(key % 2**63)
+
+
+def _coins(sample: dict, generator: Generator) -> Tensor:
+    """Fair bool of shape (), or (B,) for a batch."""
+    image = sample["image"]
+    return torch.rand(image.shape[: image.ndim - 4], generator=generator) < 0.5
+
+
+def _where(chosen: Tensor, sample: dict, change: Callable[[Tensor], Tensor]) -> dict:
+    """`sample` with its spatial tensors changed where `chosen`."""
+    if not chosen.any():
+        return sample
+    out = dict(sample)
+    for key in _SPATIAL:
+        if key in sample:
+            x = sample[key]
+            # torch cannot flip uint16; its bits move alike as int16.
+            x = x.view(torch.int16) if x.dtype == torch.uint16 else x
+            flags = chosen.to(x.device).reshape(chosen.shape + (1,) * (x.ndim - chosen.ndim))
+            out[key] = torch.where(flags, change(x), x).view(sample[key].dtype)
+    return out
