@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from timo.data.contract import (
     IGNORE_INDEX,
     DataError,
+    SeriesDataset,
     evenly_spaced,
     physical,
     validate_sample,
@@ -85,7 +85,7 @@ class CheckReport:
 
 
 def check_dataset(
-    dataset: Dataset, out: str | os.PathLike | None = None, max_samples: int = 16
+    dataset: SeriesDataset, out: str | os.PathLike | None = None, max_samples: int = 16
 ) -> CheckReport:
     """Read samples of a dataset of the contract and report what they hold and what is wrong.
 
@@ -120,7 +120,7 @@ def check_dataset(
     return report
 
 
-def _count_nonfinite(dataset: Dataset, sample: dict, index: int) -> list[int]:
+def _count_nonfinite(dataset: SeriesDataset, sample: dict, index: int) -> list[int]:
     """NaN and infinities by date: those of the files where the dataset knows, else the sample's."""
     if hasattr(dataset, "nonfinite"):
         return [int(n) for n in dataset.nonfinite(index)]
@@ -128,14 +128,14 @@ def _count_nonfinite(dataset: Dataset, sample: dict, index: int) -> list[int]:
     return (~image.isfinite()).any(1).sum((1, 2)).tolist()
 
 
-def _facts(sample: dict, dataset: Dataset, nonfinite: list[int]) -> SampleFacts:
+def _facts(sample: dict, dataset: SeriesDataset, nonfinite: list[int]) -> SampleFacts:
     name = sample["name"]
     if "window" in sample:
         name += " [{}, {}]".format(*sample["window"])
     image, valid = sample["image"], sample["valid"]
     values = physical(image, dataset.scale, dataset.offset)
     pixels = values.movedim(1, 0)[:, valid]
-    pixels = pixels[:, :: max(1, pixels.shape[1] // _PIXELS)].numpy()
+    pixels = pixels[:, :: max(1, pixels.shape[1] // _PIXELS)]
     step = max(1, max(image.shape[-2:]) // _THUMBNAIL)
     small = np.s_[..., ::step, ::step]
     masks = []
@@ -148,7 +148,7 @@ def _facts(sample: dict, dataset: Dataset, nonfinite: list[int]) -> SampleFacts:
         dates=[str(np.datetime64(int(day), "D")) for day in sample["dates"]],
         valid=valid.float().mean((1, 2)).tolist(),
         nonfinite=nonfinite,
-        pixels=pixels,
+        pixels=pixels.numpy(),
         thumbnails=_thumbnails(values[small], valid[small], dataset.bands),
         masks=masks,
     )
@@ -185,7 +185,7 @@ def _judge_dates(
             "note", facts.name,
             f"longest gap {gaps.max()} days after {facts.dates[at]}, median {np.median(gaps):g}",
         )  # fmt: skip
-    for at in np.flatnonzero(gaps == 0):
+    for at in np.flatnonzero(gaps == 0).tolist():
         report.add("note", facts.name, f"two frames on {facts.dates[at]}")
     dark = [date for date, share in zip(facts.dates, facts.valid) if share == 0]
     if len(dark) == len(days):
@@ -225,7 +225,7 @@ def _judge_labels(report: CheckReport, facts: SampleFacts, sample: dict) -> None
         report.add("warning", facts.name, "every label is 255 (ignore)")
 
 
-def _judge_units(report: CheckReport, dataset: Dataset) -> None:
+def _judge_units(report: CheckReport, dataset: SeriesDataset) -> None:
     pixels = np.concatenate([facts.pixels for facts in report.samples], axis=1)
     if pixels.shape[1] == 0:
         return

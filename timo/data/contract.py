@@ -70,7 +70,8 @@ class SeriesDataset(Dataset):
         Reads at most `max_samples` samples, evenly spaced over the dataset, and accumulates in
         float64. Raises DataError where no pixel is valid.
         """
-        count, mean, squares = 0, torch.zeros(len(self.bands), dtype=torch.float64), 0.0
+        count, mean = 0, torch.zeros(len(self.bands), dtype=torch.float64)
+        squares = torch.zeros_like(mean)
         indices = evenly_spaced(len(self), max_samples)
         for index in _with_progress(indices, "statistics"):
             sample = self[index]

@@ -126,4 +126,5 @@ def _moment(parts: list[int]) -> np.datetime64:
         parts = [*parts, 7, 1]
     elif len(parts) == 2:
         parts = [*parts, 15]
-    return np.datetime64(datetime(*parts), "s")
+    year, month, day, hour, minute, second = [*parts, 0, 0, 0][:6]
+    return np.datetime64(datetime(year, month, day, hour, minute, second)).astype("datetime64[s]")

@@ -146,7 +146,8 @@ def _holds_rasters(folder: Path) -> bool:
 
 
 def _scan(folder: Path) -> _Files:
-    images, companions, mask = [], {"valid": {}, "mask": {}}, None
+    images, mask = [], None
+    companions: dict[str, dict[np.datetime64, Path]] = {"valid": {}, "mask": {}}
     for path in _rasters(folder):
         start, _, role = path.stem.rpartition("_")
         if path.stem == "mask":

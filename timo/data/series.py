@@ -99,7 +99,7 @@ class WindowedSeries(SeriesDataset):
             if mask is not None:
                 mask = np.pad(mask, [(0, 0)] * (mask.ndim - 2) + edge, constant_values=IGNORE_INDEX)
         one = self.series[number]
-        sample = {
+        sample: dict[str, Any] = {
             "image": torch.from_numpy(image),
             "dates": torch.from_numpy(one.dates.copy()),
             "valid": torch.from_numpy(valid),
@@ -132,8 +132,9 @@ class WindowedSeries(SeriesDataset):
             one = self.series[number]
             whole = self._read(number, 0, 0, one.height, one.width)
             self._cache[number] = self._clean(number, *whole)
+        image, valid, mask = self._cache[number]
         box = np.s_[..., row : row + h, col : col + w]
-        return tuple(None if a is None else a[box].copy() for a in self._cache[number])
+        return image[box].copy(), valid[box].copy(), None if mask is None else mask[box].copy()
 
     def _clean(self, number, image, valid, mask):
         finite = np.isfinite(image)

@@ -11,6 +11,8 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
+from timo.data.contract import SeriesDataset
+
 Transform = Callable[[dict, Generator], dict]
 
 _SPATIAL = ("image", "valid", "mask")
@@ -18,9 +20,8 @@ _SPATIAL = ("image", "valid", "mask")
 
 def random_flip(sample: dict, generator: Generator) -> dict:
     """Flip left-right with probability 1/2, and up-down with probability 1/2."""
-    for axis in (-1, -2):
-        sample = _where(_coins(sample, generator), sample, lambda x, axis=axis: x.flip(axis))
-    return sample
+    sample = _where(_coins(sample, generator), sample, lambda x: x.flip(-1))
+    return _where(_coins(sample, generator), sample, lambda x: x.flip(-2))
 
 
 def random_rotate90(sample: dict, generator: Generator) -> dict:
@@ -58,7 +59,7 @@ class TransformedSeries(Dataset):
     Attributes (`bands`, `scale`, `statistics`, ...) are those of `dataset`.
     """
 
-    def __init__(self, dataset: Dataset, transforms: Sequence[Transform], seed: int = 0):
+    def __init__(self, dataset: SeriesDataset, transforms: Sequence[Transform], seed: int = 0):
         self.dataset, self.transforms, self.seed = dataset, tuple(transforms), seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ def pixel_box(region: Sequence[float] | None, height: int, width: int) -> tuple[
     """
     if region is None:
         return 0, 0, height, width
-    box = tuple(region)
+    box: Any = tuple(region)
     if len(box) == 4 and any(isinstance(v, float) for v in box) and all(0 <= v <= 1 for v in box):
         box = tuple(math.floor(v * size + 0.5) for v, size in zip(box, (height, width) * 2))
     if not (
@@ -76,10 +77,10 @@ def blend(
     Yields:
         (row, strip) with strip (..., n, width), the weighted mean; the strips tile the height.
     """
-    top, total, weights = 0, None, None
+    top, total, weights = 0, torch.empty(0), torch.empty(0)
     for row, col, values in predictions:
-        if total is None:
-            strip = (*values.shape[:-2], values.shape[-2], width)
+        if total.numel() == 0:
+            strip = (*values.shape[:-1], width)
             total, weights = values.new_zeros(strip), values.new_zeros(strip[-2:])
         if row < top:
             raise ValueError(f"predictions: row {row} comes after row {top}; see grid_windows")
@@ -96,7 +97,7 @@ def blend(
         ramp = ramp.to(values)[:h, :w]
         total[..., :h, col : col + w] += values[..., :h, :w] * ramp
         weights[:h, col : col + w] += ramp
-    if total is not None:
+    if total.numel():
         yield top, _mean(total, weights, height - top)
 
 
