@@ -1,0 +1,74 @@
+"""`timo evaluate` and `timo predict`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import Dataset
+
+from timo.cli.parsing import series_parser
+from timo.tasks import SeriesData, load_segmenter, predict_series
+from timo.tasks.runs import write_json
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Measure a fine-tuned model on labelled series: IoU, F1, accuracy."""
+    parser = series_parser("timo evaluate", evaluate.__doc__)
+    parser.add_argument("--run", type=str, required=True, help="folder of `timo finetune`")
+    parser.add_argument("--data", type=Dataset, required=True, help="labelled series")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
+    parser.add_argument("--out", type=str, default=None, help="JSON file of the figures")
+    options = parser.parse_args(arguments)
+    dataset = parser.instantiate_classes(options).data
+    if "mask" not in dataset[0]:
+        raise ValueError("data: its samples have no mask; add mask rasters or labels=")
+    task = load_segmenter(options.run, dataset)
+    trainer = Trainer(accelerator=options.accelerator, logger=False, devices=1)
+    data = SeriesData(test=dataset, batch_size=options.batch_size)
+    (figures,) = trainer.test(task, datamodule=data, verbose=False)
+    for name, value in figures.items():
+        print(f"{name.removeprefix('test/'):24s} {value:.4f}")
+    if options.out:
+        write_json(Path(options.out), figures)
+    return 0
+
+
+def predict(arguments: Sequence[str]) -> int:
+    """Map every series of a data set to GeoTIFF: labels, and optionally what changed."""
+    parser = series_parser("timo predict", predict.__doc__)
+    parser.add_argument("--run", type=str, required=True, help="folder of `timo finetune`")
+    parser.add_argument("--data", type=Dataset, required=True, help="series, not cut into tiles")
+    parser.add_argument("--tile", type=int, default=224, help="window size in pixels")
+    parser.add_argument("--overlap", type=int, default=32, help="pixels shared by neighbours")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
+    parser.add_argument("--out", type=str, required=True, help="folder of <series>.tif")
+    parser.add_argument("--change", type=bool, default=False, help="also <series>_change.tif")
+    options = parser.parse_args(arguments)
+    tile, overlap = options.tile, options.overlap
+    if not 0 <= overlap < tile:
+        raise ValueError(f"overlap is {overlap}; it must be from 0 to less than tile, {tile}")
+    options.data.init_args.update({"tile": tile, "stride": tile - overlap})
+    dataset = parser.instantiate_classes(options).data
+    task = load_segmenter(options.run, dataset)
+    gpu = options.accelerator in ("auto", "gpu") and torch.cuda.is_available()
+    if options.accelerator == "gpu" and not gpu:
+        raise ValueError("accelerator is gpu, but torch sees none; use cpu or auto")
+    task.to("cuda" if gpu else "cpu")
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for number, series in enumerate(dataset.series):
+        path = out / f"{series.name}.tif"
+        change = out / f"{series.name}_change.tif" if options.change else None
+        predict_series(task, dataset, path, overlap, number, change, options.batch_size)
+        print(path if change is None else f"{path}\n{change}")
+    legend = {"labels": dict(enumerate(task.classes)), "nodata": 255}
+    if options.change:
+        pairs = enumerate((a, b) for a in task.classes for b in task.classes)
+        legend["change"] = {code: f"{a} to {b}" for code, (a, b) in pairs}
+    write_json(out / "legend.json", legend)
+    print(json.dumps(legend))
+    return 0

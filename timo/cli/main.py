@@ -1,0 +1,58 @@
+"""Choose the command, and turn bad input into one line on stderr."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "pretrain": ("timo.cli.training", "pretrain", "pretrain on unlabelled series"),
+    "finetune": ("timo.cli.training", "finetune", "fine-tune for segmentation"),
+    "evaluate": ("timo.cli.inference", "evaluate", "measure a fine-tuned model on labelled series"),
+    "predict": ("timo.cli.inference", "predict", "map whole rasters to GeoTIFF"),
+    "data simulate": ("timo.cli.data", "simulate", "write simulated series with truth"),
+    "data check": ("timo.cli.data", "check", "look at a data set: gaps, units, labels; HTML page"),
+    "info": ("timo.cli.info", "info", "installation, devices, and which backend runs each op"),
+    "demo": ("timo.cli.demo", "demo", "the whole road on a real series, with a report"),
+}
+
+
+def usage() -> str:
+    lines = [f"  timo {name:14s} {help}" for name, (_, _, help) in COMMANDS.items()]
+    return "\n".join(["usage: timo COMMAND [--help] [options]", "", *lines])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 1 found wanting, 2 bad input, 130 stopped.
+
+    Bad input is reported in one message; TIMO_TRACEBACK=1 shows where it was noticed.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    words = 2 if arguments[0] == "data" else 1
+    name = " ".join(arguments[:words])
+    if name not in COMMANDS:
+        print(f"timo: {name!r} is no command\n{usage()}", file=sys.stderr)
+        return 2
+    module, function, _ = COMMANDS[name]
+    try:
+        command = getattr(importlib.import_module(module), function)
+        return command(arguments[words:]) or 0
+    except KeyboardInterrupt:
+        print(f"timo {name}: stopped", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        if os.environ.get("TIMO_TRACEBACK") == "1":
+            raise
+        print(
+            f"timo {name}: {error.name} is not installed: pip install 'timo[train,geo]'",
+            file=sys.stderr,
+        )
+        return 2
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("TIMO_TRACEBACK") == "1":
+            raise
+        print(f"timo {name}: {error}", file=sys.stderr)
+        return 2

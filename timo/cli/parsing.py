@@ -1,0 +1,39 @@
+"""Parsers of the commands that read data: YAML and command line alike."""
+
+import warnings
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer
+
+import timo.data
+from timo.tasks import SeriesData
+
+# Data sets may be named by their class alone, as `--data.train RasterSeries`.
+DATASETS = (timo.data.RasterSeries, timo.data.NumpySeries, timo.data.SimulatedSeries)
+# What the run's folder decides by itself.
+OURS = {"logger", "callbacks", "default_root_dir", "enable_checkpointing", "enable_progress_bar"}
+FROM_DATA = {"bands", "mean", "deviation", "scale", "offset"}
+
+
+def series_parser(program: str, description: str) -> ArgumentParser:
+    """A parser with `--config`, whose errors name the key."""
+    parser = ArgumentParser(prog=program, description=description)
+    parser.add_argument("--config", action="config", help="YAML file of these options")
+    return parser
+
+
+def training_parser(program: str, description: str, task: type, derived: set) -> ArgumentParser:
+    """Options of a training run: out, seed, resume, data.*, task.*, trainer.*."""
+    parser = series_parser(program, description)
+    name = program.split()[-1]
+    parser.add_argument("--out", type=str, default=f"runs/{name}", help="folder of the run")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, shuffling and masking")
+    parser.add_argument("--resume", type=bool, default=False, help="go on from the last checkpoint")
+    parser.add_class_arguments(SeriesData, "data", skip={"test"})
+    parser.link_arguments("seed", "data.seed")
+    parser.add_class_arguments(task, "task", skip=FROM_DATA | derived, instantiate=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's deprecated options
+        parser.add_class_arguments(Trainer, "trainer", skip=OURS, instantiate=False)
+    parser.set_defaults({"trainer.max_epochs": 100, "trainer.log_every_n_steps": 10})
+    return parser

@@ -1,0 +1,64 @@
+"""`timo pretrain` and `timo finetune`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import Trainer, seed_everything
+
+from timo.cli.parsing import training_parser
+from timo.tasks import PretrainingTask, SegmentationTask, SeriesData
+from timo.tasks.base import SeriesTask
+from timo.tasks.runs import fit, open_run
+
+
+def pretrain(arguments: Sequence[str]) -> int:
+    """Pretrain on unlabelled series."""
+    parser = training_parser("timo pretrain", pretrain.__doc__, PretrainingTask, set())
+    options = parser.parse_args(arguments)
+    data, normalisation = _data(parser, options)
+    task = PretrainingTask(data.train.bands, **normalisation, **options.task.as_dict())
+    _train(task, data, parser, options)
+    return 0
+
+
+def finetune(arguments: Sequence[str]) -> int:
+    """Fine-tune for segmentation, from pretrained weights or from scratch."""
+    parser = training_parser("timo finetune", finetune.__doc__, SegmentationTask, {"per_frame"})
+    options = parser.parse_args(arguments)
+    data, normalisation = _data(parser, options)
+    mask = data.train[0].get("mask")
+    if mask is None:
+        raise ValueError(
+            "data.train: its samples have no mask; add mask.tif, <date>_mask.tif or labels="
+        )
+    described = options.task.as_dict() | {"per_frame": mask.ndim == 3}
+    described["classes"] = described["classes"] or getattr(data.train, "classes", None)
+    if not described["classes"]:
+        raise ValueError('task.classes: name the classes of the labels, as ["land", "water"]')
+    task = SegmentationTask(data.train.bands, **normalisation, **described)
+    if task.pretrained_report:
+        print(task.pretrained_report)
+    _train(task, data, parser, options)
+    return 0
+
+
+def _data(parser: ArgumentParser, options: Namespace) -> tuple[SeriesData, dict]:
+    seed_everything(options.seed, workers=True, verbose=False)
+    data = parser.instantiate_classes(options).data
+    if data.train is None:
+        raise ValueError(
+            "data.train is missing; as --data.train RasterSeries --data.train.root DIR"
+        )
+    return data, data.normalisation()
+
+
+def _train(task: SeriesTask, data: SeriesData, parser: ArgumentParser, options: Namespace) -> None:
+    out = Path(options.out)
+    config = parser.dump(options, skip_none=True)
+    open_run(out, config, options.seed, options.resume)
+    trainer: Trainer = fit(task, data, out, options.resume, **options.trainer.as_dict())
+    figures = {k: v.item() for k, v in trainer.callback_metrics.items()}
+    for name, value in sorted(figures.items()):
+        print(f"{name:24s} {value:.5g}")
+    print(f"model, configuration and logs are in {out}")

@@ -1,0 +1,112 @@
+"""What all tasks share: bands and their normalisation, optimiser, schedule."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+
+from timo.data import DataError
+
+
+class SeriesTask(LightningModule):
+    """A model, the bands that it reads and how raw pixels become its input.
+
+    Args:
+        bands: names of the C bands, in channel order.
+        mean, deviation: (C,) each; the model sees (physical - mean) / deviation.
+        scale, offset: (C,) each, of the data set at hand: physical = raw * scale + offset.
+        model: timo_tiny, timo_base, timo_large or timo_huge.
+        model_options: further options of `timo.create_model`.
+        learning_rate: peak, of AdamW. The published recipes scale theirs by batch / 256.
+        weight_decay: of AdamW; biases, norms and tokens are not decayed.
+        betas: of AdamW.
+        warmup: share of all steps over which the rate rises from 0.
+        schedule: "cosine" falls to 0 over the remaining steps, "constant" stays.
+    """
+
+    def __init__(
+        self,
+        bands: Sequence[str],
+        mean: Sequence[float] | Tensor,
+        deviation: Sequence[float] | Tensor,
+        scale: Sequence[float] | Tensor,
+        offset: Sequence[float] | Tensor,
+        model: str,
+        model_options: dict[str, Any] | None,
+        learning_rate: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        warmup: float,
+        schedule: str,
+    ):
+        super().__init__()
+        if schedule not in ("cosine", "constant"):
+            raise ValueError(f"schedule is {schedule!r}; it must be cosine or constant")
+        if not 0 <= warmup < 1:
+            raise ValueError(f"warmup is {warmup}; it must be a share in 0 ... 1")
+        self.bands = tuple(bands)
+        self.model_name, self.model_options = model, dict(model_options or {})
+        self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
+        self.warmup, self.schedule = warmup, schedule
+        given = {"mean": mean, "deviation": deviation, "scale": scale, "offset": offset}
+        for name, value in given.items():
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32).clone())
+
+    def input_units(self) -> tuple[Tensor, Tensor]:
+        """(scale, offset), (C,) each: raw * scale + offset is what the model sees."""
+        return self.scale / self.deviation, (self.offset - self.mean) / self.deviation
+
+    def read_from(self, dataset: Dataset) -> None:
+        """Take raw units from `dataset`, whose bands must be those that the task was trained on."""
+        if tuple(dataset.bands) != self.bands:
+            raise DataError(
+                f"data has bands {tuple(dataset.bands)}; this model reads {self.bands}: select= "
+                "the same bands in the same order"
+            )
+        self.scale.copy_(dataset.scale)
+        self.offset.copy_(dataset.offset)
+
+    def description(self) -> dict:
+        """Arguments that build the task again, but for raw units; JSON can hold them."""
+        return {
+            "bands": self.bands,
+            "mean": self.mean.tolist(),
+            "deviation": self.deviation.tolist(),
+            "model": self.model_name,
+            "model_options": self.model_options,
+        }
+
+    def on_train_epoch_start(self) -> None:
+        self.trainer.datamodule.set_epoch(self.current_epoch)
+
+    def configure_optimizers(self) -> dict:
+        decayed, kept = [], []
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                (decayed if parameter.ndim > 1 else kept).append(parameter)
+        groups = [
+            {"params": decayed, "weight_decay": self.weight_decay},
+            {"params": kept, "weight_decay": 0.0},
+        ]
+        fused = self.device.type in ("cuda", "cpu")
+        optimizer = torch.optim.AdamW(groups, self.learning_rate, self.betas, fused=fused)
+        steps = self.trainer.estimated_stepping_batches
+        scheduler = LambdaLR(optimizer, lambda step: self._factor(step, steps))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _factor(self, step: int, steps: float) -> float:
+        """Share of the peak learning rate at a step."""
+        rising = self.warmup * steps
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        if self.schedule == "constant" or not math.isfinite(steps):
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / (steps - rising))))

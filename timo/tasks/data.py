@@ -1,0 +1,146 @@
+"""Datasets as a LightningDataModule: batches, augmentation, normalisation."""
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from timo.data import (
+    DataError,
+    TemporalSubset,
+    TransformedSeries,
+    collate_series,
+    random_flip,
+    random_rotate90,
+)
+from timo.data.transforms import sample_generator
+
+
+class SeriesData(LightningDataModule):
+    """Training, validation and test sets of series.
+
+    Args:
+        train: the series to learn from, as `timo.data.RasterSeries`.
+        val: series to watch while training; none if None.
+        test: series that `timo evaluate` measures on.
+        batch_size: samples in a batch.
+        dates: use this many random dates of each training sample, in order; all if None.
+        augment: random flips and quarter turns of training samples, the same for the mask.
+        workers: processes that load samples.
+        seed: of shuffling and augmentation; a sample's draws depend on (seed, epoch, index)
+            alone, so neither on the number of workers nor on their timing.
+    """
+
+    def __init__(
+        self,
+        train: Dataset | None = None,
+        val: Dataset | None = None,
+        test: Dataset | None = None,
+        batch_size: int = 8,
+        dates: int | None = None,
+        augment: bool = True,
+        workers: int = 0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        self.val, self.test = val, test
+        self.batch_size, self.workers, self.seed = batch_size, workers, seed
+        transforms = [TemporalSubset(dates)] if dates else []
+        transforms += [random_flip, random_rotate90] if augment else []
+        self.train = None if train is None else TransformedSeries(train, transforms, seed)
+        for name, other in (("val", val), ("test", test)):
+            if train is not None and other is not None:
+                _same_bands(train, name, other)
+
+    def normalisation(self) -> dict[str, Tensor]:
+        """Mean and deviation of `train`, and its raw units: what tasks need to read pixels."""
+        mean, deviation = self.train.dataset.statistics()
+        deviation = torch.where(deviation > 0, deviation, 1.0)
+        raw = {"scale": self.train.scale, "offset": self.train.offset}
+        return {"mean": mean, "deviation": deviation, **raw}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw shuffling and augmentation anew; tasks call it when an epoch starts."""
+        self.train.set_epoch(epoch)
+        self._sampler.set_epoch(epoch)
+
+    def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
+        usable = batch["valid"].flatten(1).any(1).tolist()
+        if not all(usable):
+            names = sorted({name for name, good in zip(batch["name"], usable) if not good})
+            raise DataError(
+                f"series {', '.join(names)}: a sample has no valid pixel at any date; leave such "
+                "windows out with min_valid="
+            )
+        return batch | {"valid": compact_valid(batch["valid"])}
+
+    def train_dataloader(self) -> DataLoader:
+        self._sampler = SeededShuffle(len(self.train), self.seed)
+        return self._loader(self.train, sampler=self._sampler, drop_last=self._full_batch())
+
+    def val_dataloader(self) -> DataLoader | list:
+        return [] if self.val is None else self._loader(self.val)
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader(self.test)
+
+    def _full_batch(self) -> bool:
+        # A last batch of another size would disturb batch statistics; keep it if it is the only.
+        return len(self.train) >= self.batch_size
+
+    def _loader(self, dataset: Dataset, **options) -> DataLoader:
+        return DataLoader(
+            dataset,
+            self.batch_size,
+            num_workers=self.workers,
+            collate_fn=collate_series,
+            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+
+class SeededShuffle(Sampler):
+    """A permutation that (seed, epoch) determines."""
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self):
+        generator = sample_generator(self.seed, self.epoch, -1)
+        return iter(torch.randperm(self.size, generator=generator).tolist())
+
+
+def compact_valid(valid: Tensor) -> Tensor | None:
+    """The cheapest equal form of validity (B, T, H, W): None, (B, T), or itself.
+
+    Models take a faster path where nothing, or only whole dates, are invalid. Runs on the batch
+    before it goes to the device, where looking at values would wait for it.
+    """
+    frames = valid.flatten(2)
+    if bool(frames.all()):
+        return None
+    whole = frames.all(2)
+    return whole if bool((whole | ~frames.any(2)).all()) else valid
+
+
+def _same_bands(train: Dataset, name: str, other: Dataset) -> None:
+    if tuple(train.bands) != tuple(other.bands):
+        raise DataError(
+            f"{name}: has bands {tuple(other.bands)} but train has {tuple(train.bands)}; select= "
+            "the same bands in the same order"
+        )
+    for what in ("scale", "offset"):
+        if not torch.equal(getattr(train, what), getattr(other, what)):
+            raise DataError(
+                f"{name}: has {what} {getattr(other, what).tolist()} but train has "
+                f"{getattr(train, what).tolist()}; both must be in the same raw units"
+            )

@@ -1,0 +1,134 @@
+"""Maps from a trained segmenter: window by window, blended, written as GeoTIFF."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from timo import load_checkpoint
+from timo.data import IGNORE_INDEX, DataError, GeoTiffWriter, blend, collate_series
+from timo.data.contract import SeriesDataset
+from timo.tasks.data import compact_valid
+from timo.tasks.runs import MODEL, TASK
+from timo.tasks.segmentation import SegmentationTask
+
+
+def load_segmenter(run: str | Path, dataset: SeriesDataset) -> SegmentationTask:
+    """The segmenter that a run left, in evaluation mode, set to read `dataset`'s raw units.
+
+    Args:
+        run: folder with model.safetensors and task.json, as `timo finetune` leaves it.
+        dataset: what it will read; must have the bands that it was trained on.
+
+    Raises:
+        DataError: the folder holds no finished segmentation run, or bands differ.
+    """
+    run = Path(run)
+    for name in (MODEL, TASK):
+        if not (run / name).is_file():
+            raise DataError(f"{run / name}: does not exist; give the folder of a finished run")
+    described = json.loads((run / TASK).read_text())
+    if "classes" not in described:
+        raise DataError(f"{run / TASK}: is of a pretraining run; fine-tune it for segmentation")
+    task = SegmentationTask(scale=dataset.scale, offset=dataset.offset, **described)
+    task.read_from(dataset)
+    load_checkpoint(task.model, run / MODEL)
+    return task.eval()
+
+
+@torch.inference_mode()
+def predict_strips(
+    task: SegmentationTask, dataset: SeriesDataset, number: int, overlap: int, batch_size: int = 4
+) -> Iterator[tuple[int, Tensor]]:
+    """Label maps of one series, in strips from top to bottom.
+
+    Args:
+        task: the segmenter, on the device to run on.
+        dataset: windows of `timo.data.RasterSeries` or `NumpySeries`, neighbours sharing
+            `overlap` pixels, where logits are blended.
+        number: which series of the dataset.
+        overlap: pixels that neighbouring windows share.
+        batch_size: windows at once.
+
+    Yields:
+        (row, labels): uint8 (T, n, W) per frame or (1, n, W); 255 where the pixel is not valid at
+        that date, or at any date.
+    """
+    series = dataset.series[number]
+    windows_of_series = Subset(dataset, dataset.windows_of(number))
+    loader = DataLoader(windows_of_series, batch_size, collate_fn=collate_series)
+
+    def windows() -> Iterator[tuple[int, int, Tensor]]:
+        for batch in track(loader, f"predict {series.name}", transient=True):
+            valid = batch["valid"]
+            batch["valid"] = compact_valid(valid)
+            moved = {k: v.to(task.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            logits = task(moved).float().cpu()  # [B, (T,) classes, H, W]
+            usable = valid if task.per_frame else valid.any(1)
+            stacked = torch.cat([logits, usable.float().unsqueeze(-3)], -3)
+            for (row, col), values in zip(batch["window"], stacked):
+                yield row, col, values
+
+    for row, strip in blend(windows(), series.height, series.width, overlap):
+        labels = strip[..., :-1, :, :].argmax(-3).to(torch.uint8)
+        labels[strip[..., -1, :, :] < 0.5] = IGNORE_INDEX
+        yield row, labels if labels.ndim == 3 else labels[None]
+
+
+def predict_series(
+    task: SegmentationTask,
+    dataset: SeriesDataset,
+    out: str | Path,
+    overlap: int,
+    number: int = 0,
+    change: str | Path | None = None,
+    batch_size: int = 4,
+) -> None:
+    """Write the label map of one series as GeoTIFF, and optionally what changed.
+
+    Args:
+        task, dataset, overlap, number, batch_size: see `predict_strips`.
+        out: GeoTIFF, uint8, nodata 255: a band for each date (per frame), or one band.
+        change: GeoTIFF of change between the first and the last date, uint8, nodata 255:
+            first label * classes + last label. Needs a model that predicts per frame.
+
+    Raises:
+        ValueError: `change` asked of a model that predicts one map for the series, or more than
+            15 classes, whose pairs uint8 cannot hold.
+    """
+    series, classes = dataset.series[number], len(task.classes)
+    if change and (not task.per_frame or classes > 15):
+        raise ValueError(
+            f"change is {change}; it needs a model with per_frame=True and at most 15 classes, "
+            f"this one has per_frame={task.per_frame} and {classes} classes"
+        )
+    days = [str(d) for d in series.dates.astype("datetime64[D]")]
+    shape = (series.height, series.width)
+    georeference = {"crs": series.crs, "transform": series.transform, "nodata": IGNORE_INDEX}
+    bands = days if task.per_frame else [f"{days[0]} to {days[-1]}"]
+    writers = [
+        GeoTiffWriter(out, (len(bands), *shape), "uint8", descriptions=bands, **georeference)
+    ]
+    if change:
+        names = [f"change {days[0]} to {days[-1]}"]
+        writers.append(
+            GeoTiffWriter(change, (1, *shape), "uint8", descriptions=names, **georeference)
+        )
+    with ExitStack() as stack:
+        files = [stack.enter_context(writer) for writer in writers]
+        for row, labels in predict_strips(task, dataset, number, overlap, batch_size):
+            files[0].write(labels, row)
+            if change:
+                files[1].write(change_codes(labels[0], labels[-1], classes), row)
+
+
+def change_codes(first: Tensor, last: Tensor, classes: int) -> Tensor:
+    """uint8 first * classes + last; 255 where either is 255."""
+    code = first.to(torch.int64) * classes + last
+    invalid = (first == IGNORE_INDEX) | (last == IGNORE_INDEX)
+    return code.masked_fill(invalid, IGNORE_INDEX).to(torch.uint8)
