@@ -44,7 +44,7 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         """Move the running statistics towards the batch's; the variance is kept unbiased."""
-        step = torch.where(count > 0, self.momentum, 0.0).to(self.running_mean.dtype)
-        unbiased = variance * (count / (count - 1).clamp_min(1))
+        step = self.momentum * (count > 0).to(self.running_mean.dtype)
+        unbiased = variance * count / (count - 1).clamp_min(1)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), step)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), step)

@@ -203,7 +203,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, format: str = "na
 
 
 def model_from_checkpoint(path: str | os.PathLike) -> nn.Module:
-    """Build the model that a native checkpoint was saved from, and load its weights.
+    """Build the model that a native checkpoint was saved from, in float32, and load its weights.
 
     Raises:
         FileNotFoundError, ValueError: as `load_checkpoint`; or the file does not say how its

@@ -14,7 +14,7 @@ from timo.models.encoder import Encoder
 from timo.models.inputs import UNIT, check_series, pad_frames, pad_valid
 from timo.models.weights import initialise
 from timo.ops.checks import dtype_name
-from timo.ops.gather_units import check_ids, per_band, physical, visible_pixels
+from timo.ops.gather_units import check_id_values, check_ids, per_band, physical, visible_pixels
 
 
 class MAEOutput(NamedTuple):
@@ -150,6 +150,8 @@ class MaskedAutoencoder(nn.Module):
             visible_ids = draw_units(frames, units, usable, mask_ratio, generator)
         else:
             check_ids("visible_ids", visible_ids, frames)
+            if not torch.compiler.is_compiling():
+                check_id_values("visible_ids", visible_ids, units)
             if visible_ids.shape[1] >= units:
                 raise ValueError(
                     f"visible_ids has shape {tuple(visible_ids.shape)}; at least one of the "

@@ -1,0 +1,96 @@
+"""Attention layers: validity, padding, degenerate samples, errors.
+
+Against the direct form they are tested as part of the encoder, and by the conformance vectors.
+"""
+
+import pytest
+import torch
+
+from tests.models.oracle import Oracle, assert_same
+from timo.layers import GyroscopeAttention, JointAttention
+from timo.models.names import published
+
+KINDS = {"gyroscope": GyroscopeAttention, "joint": JointAttention}
+
+
+def layer_of(kind, dim=16, heads=2, bias=True):
+    torch.manual_seed(0)
+    layer = KINDS[kind](dim, heads, bias).double()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    return layer
+
+
+def tokens(B=2, T=3, N=7, dim=16):
+    return torch.randn(B, T * N, dim, dtype=torch.float64, generator=torch.manual_seed(1))
+
+
+VALID = {
+    "all": None,
+    "dates": torch.tensor([[True, False, True], [True, True, True]]),
+    "tokens": torch.rand(2, 3, 7, generator=torch.manual_seed(2)) > 0.4,
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("which", VALID)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_direct_form(kind, which, training, bias):
+    layer, x, valid = layer_of(kind, bias=bias).train(training), tokens(), VALID[which]
+    state = {published(f"x.attn.{k}", ""): v.clone() for k, v in layer.state_dict().items()}
+    other = Oracle(state, (), (), training=training)
+    full = torch.ones(2, 3, 7, dtype=torch.bool) if valid is None else valid
+    full = full[..., None].expand(2, 3, 7) if full.ndim == 2 else full
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    got = layer(a, 3, valid).view(2, 3, 7, 16)[full]
+    exact = other.attention("x.attn", b.view(2, 3, 7, 16), 2, kind, full)[full]
+    assert_same(got, exact)
+    cotangent = torch.randn_like(exact)
+    got.backward(cotangent)
+    exact.backward(cotangent)
+    assert_same(a.grad, b.grad)
+    for name, value in other.after.items():
+        own = "gate_norm." + name.rsplit(".", 1)[1]
+        assert_same(layer.state_dict()[own], value, own)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_padded_dates_and_their_content_change_nothing(kind, training):
+    layer, x, valid = layer_of(kind).train(training), tokens(), VALID["tokens"]
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    expected = layer(x, 3, valid).view(2, 3, 7, 16)
+    layer.load_state_dict(state)
+    longer = torch.cat([x, 1e3 * torch.randn(2, 14, 16, dtype=torch.float64)], 1)
+    padded = torch.cat([valid, torch.zeros(2, 2, 7, dtype=torch.bool)], 1)
+    got = layer(longer, 5, padded).view(2, 5, 7, 16)[:, :3]
+    assert_same(got[valid], expected[valid])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sample_without_a_valid_token_is_finite(kind):
+    layer = layer_of(kind).train()
+    x = tokens().requires_grad_()
+    out = layer(x, 3, torch.tensor([[False] * 3, [True] * 3]))
+    out.square().sum().backward()
+    assert out.isfinite().all() and x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_arguments_are_named(kind):
+    layer = layer_of(kind)
+    with pytest.raises(ValueError, match="dim is 16; it must be a multiple of num_heads = 3"):
+        KINDS[kind](16, 3)
+    with pytest.raises(ValueError, match=r"x has shape \(21, 16\)"):
+        layer(tokens()[0], 3)
+    with pytest.raises(ValueError, match="last dimension must be dim = 16"):
+        layer(tokens(dim=8), 3)
+    with pytest.raises(ValueError, match="num_dates is 4; it must divide the 21 tokens"):
+        layer(tokens(), 4)
+    with pytest.raises(ValueError, match=r"valid has shape \(2, 4\)"):
+        layer(tokens(), 3, torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(TypeError, match="valid is float32"):
+        layer(tokens(), 3, torch.ones(2, 3))
+    assert repr(layer).count("num_heads=2") == 1

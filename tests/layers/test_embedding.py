@@ -1,0 +1,41 @@
+"""Stem and patch merging."""
+
+import torch
+from torch import nn
+
+from tests.models.oracle import assert_same
+from timo.layers import PatchMerging, Stem
+
+
+def test_a_tile_with_halo_gives_the_tokens_of_the_whole_frame():
+    stem = Stem(3, 8).double().eval()
+    frame = torch.randn(1, 3, 96, 96, dtype=torch.float64)
+    whole = stem(frame)
+    assert whole.shape == (1, 24, 24, 8)
+    tile = frame[..., 32 - 3 : 64 + 2, 64 - 3 : 96 + 2]
+    tile = nn.functional.pad(tile, (0, 2, 0, 0))  # beyond the frame's right border
+    assert_same(stem(tile, halo=True), whole[:, 8:16, 16:24])
+
+
+def test_the_stem_is_the_sequence_of_its_parts():
+    stem = Stem(3, 8).double().train()
+    frames = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    x = nn.functional.conv2d(frames, stem.conv.weight, None, 2, 3)
+    x = (x - x.mean((0, 2, 3), keepdim=True)) / (
+        x.var((0, 2, 3), keepdim=True, correction=0) + 1e-5
+    ).sqrt()
+    x = nn.functional.conv2d(x.relu(), stem.proj.weight, stem.proj.bias, 2)
+    x = x.movedim(1, -1)
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+    assert_same(stem(frames), x)
+    assert stem.conv.bias is None
+
+
+def test_merging_pads_each_map_with_zeros():
+    merging = PatchMerging(4, 6).double()
+    x = torch.randn(2, 5, 8, 4, dtype=torch.float64)
+    got = merging(x)
+    assert got.shape == (2, 3, 4, 6)
+    padded = nn.functional.pad(x.movedim(-1, 1), (1, 1, 1, 1))
+    corner = (padded[:, None, :, 4:7, 6:9] * merging.proj.weight).sum((2, 3, 4)) + merging.proj.bias
+    assert_same(got[:, 2, 3], merging.norm(corner))

@@ -1,0 +1,51 @@
+"""Models compile into one graph."""
+
+import pytest
+import torch
+
+from tests.models.build import build, clouds, series
+from tests.models.oracle import assert_same
+
+IDS = torch.tensor([[0, 3, 4], [1, 2, 5]])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("valid", [None, clouds()])
+def test_encoder(valid):
+    model, frames = build(depths=(1, 1, 1, 1)).train(), series()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    expected = model(frames, valid=valid)
+    sum(x.square().sum() for x in expected).backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.load_state_dict(state)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    maps = compiled(frames, valid=valid)
+    sum(x.square().sum() for x in maps).backward()
+    for got, exact in zip(maps, expected):
+        assert_same(got, exact)
+    for p, exact in zip(model.parameters(), grads):
+        assert_same(p.grad, exact)
+
+
+@pytest.mark.parametrize("statistics", ["visible", "all"])
+def test_masked_autoencoder(statistics):
+    options = dict(depths=(1, 1, 1, 1), decoder_depth=1, stem_statistics=statistics)
+    model, frames = build("mae", **options).train(), series()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    expected = model(frames, visible_ids=IDS)
+    expected.loss.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.load_state_dict(state)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    out = compiled(frames, visible_ids=IDS)
+    out.loss.backward()
+    assert_same(out.loss, expected.loss)
+    for p, exact in zip(model.parameters(), grads):
+        assert_same(p.grad, exact)
+    assert compiled(frames).visible_ids.shape == (2, 1)  # drawn within the graph

@@ -1,0 +1,138 @@
+"""Segmentation: the head against a plain one, temporal pooling, validity, sizes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.models.build import build, clouds, series
+from tests.models.oracle import assert_same
+
+
+def model_of(**options):
+    return build("segmentation", num_classes=4, **options)
+
+
+def plain_head(model, maps):
+    """UPerNet by torch's own modules on (M, C, h, w) maps, in the model's mode."""
+
+    def unit(layer, x):
+        bn = nn.BatchNorm2d(layer.bn.num_features).double().train(model.training)
+        bn.load_state_dict(layer.bn.state_dict())
+        return F.relu(bn(layer.conv(x)))
+
+    def resize(x, like):
+        return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
+
+    net, last = model.upernet, maps[3]
+    pools = [nn.AdaptiveAvgPool2d(s)(last) for s in (1, 2, 3, 6)]
+    pools = [resize(unit(layer, x), last) for layer, x in zip(net.pyramid, pools)]
+    p4 = unit(net.bottleneck, torch.cat([last, *pools], 1))
+    p3 = unit(net.laterals[2], maps[2]) + resize(p4, maps[2])
+    p2 = unit(net.laterals[1], maps[1]) + resize(p3, maps[1])
+    p1 = unit(net.laterals[0], maps[0]) + resize(p2, maps[0])
+    levels = [unit(layer, x) for layer, x in zip(net.smooth, (p1, p2, p3))] + [p4]
+    x = unit(net.fuse, torch.cat([resize(x, p1) for x in levels], 1))
+    return F.interpolate(x, scale_factor=4, mode="bilinear", align_corners=False)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("pool", ["decoder", "encoder", "per_frame"])
+@pytest.mark.parametrize("H, W", [(64, 32), (40, 72)])
+def test_equals_a_plain_head(H, W, pool, training):
+    options = dict(per_frame=True) if pool == "per_frame" else dict(temporal_pool=pool)
+    model = model_of(**options).train(training)
+    model.dropout.eval()
+    frames = series(H=H, W=W)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    maps = model.encoder(frames)
+    model.load_state_dict(state)
+    if pool == "encoder":
+        x = plain_head(model, [m.max(1).values for m in maps])
+    else:
+        x = plain_head(model, [m.flatten(0, 1) for m in maps])
+        x = x.unflatten(0, (2, 3)).max(1).values if pool == "decoder" else x
+    expected = model.classifier(x)
+    expected = expected.unflatten(0, (2, 3)) if pool == "per_frame" else expected
+    got = model(frames)
+    assert got.shape == ((2, 3, 4, H, W) if pool == "per_frame" else (2, 4, H, W))
+    assert_same(got, expected)
+
+
+@pytest.mark.parametrize("H, W", [(50, 37), (5, 7)])
+def test_logits_have_the_size_of_the_frames(H, W):
+    assert model_of()(series(H=H, W=W)).shape == (2, 4, H, W)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("pool", ["decoder", "encoder", "per_frame"])
+def test_padded_dates_change_nothing(pool, training):
+    options = dict(per_frame=True) if pool == "per_frame" else dict(temporal_pool=pool)
+    model = model_of(**options).train(training)
+    model.dropout.eval()
+    frames, valid = series(), clouds()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    expected = model(frames, valid=valid)
+    after = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(state)
+    longer = torch.cat([frames, torch.full_like(frames[:, :2], torch.nan)], 1)
+    got = model(longer, valid=torch.cat([valid, torch.zeros_like(valid[:, :2])], 1))
+    assert_same(got[:, :3] if pool == "per_frame" else got, expected)
+    assert got.isfinite().all()
+    for name, x in model.state_dict().items():
+        assert torch.allclose(x, after[name], rtol=1e-10, atol=1e-12), name
+
+
+@pytest.mark.parametrize("pool", ["decoder", "encoder"])
+def test_the_maximum_is_over_valid_dates(pool):
+    """With one valid date, the series is that frame alone."""
+    model, frames = model_of(temporal_pool=pool), series()
+    valid = torch.tensor([[False, True, False], [False, True, False]])
+    one = model(frames[:, 1:2], valid=valid[:, 1:2])
+    index = model.encoder.time
+    model.encoder.time = lambda *_: torch.tensor([0, 0, 0])
+    assert_same(model(frames, valid=valid), one)
+    model.encoder.time = index
+    pixels = valid[:, :, None, None].expand(2, 3, 64, 32).clone()
+    assert_same(model(frames, valid=pixels), model(frames, valid=valid))
+
+
+@pytest.mark.parametrize("pool", ["decoder", "encoder"])
+def test_tokens_without_a_valid_date_give_the_bias(pool):
+    model, frames = model_of(temporal_pool=pool).train(), series()
+    valid = torch.ones(2, 3, 64, 32, dtype=torch.bool)
+    valid[0] = False
+    valid[1, :, :32] = False
+    logits = model(frames, valid=valid)
+    assert logits.isfinite().all()
+    bias = model.classifier.bias[:, None, None]
+    if pool == "decoder":  # the head of pooled maps sees their surroundings
+        assert torch.equal(logits[0], bias.expand(4, 64, 32))
+        assert torch.equal(logits[1, :, :32], bias.expand(4, 32, 32))
+    assert not torch.allclose(logits[1, :, 32:], bias)
+    logits.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_gradients_reach_every_parameter():
+    model = model_of().train()
+    logits = model(series(), valid=clouds())
+    (logits * torch.randn_like(logits)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    # A bias in front of a batch norm has gradient 0 up to rounding; everything else must move.
+    for name, p in model.named_parameters():
+        if not name.endswith("conv.bias"):
+            assert (p.grad != 0).any(), name
+
+
+def test_autocast():
+    model = model_of().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(series().float(), valid=clouds())
+    assert logits.isfinite().all()
+
+
+def test_channels_are_dropped_in_training_only():
+    model = model_of(temporal_pool="encoder")
+    assert model.dropout.p == 0.1 and isinstance(model.dropout, nn.Dropout2d)
+    assert torch.equal(model(series()), model(series()))
