@@ -32,7 +32,7 @@ def check(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=str, default=None, help="HTML page to write")
     parser.add_argument("--max_samples", type=int, default=16, help="samples to read")
     options = parser.parse_args(arguments)
-    dataset = parser.instantiate_classes(options).data
+    dataset = parser.instantiate(options).data
     report = check_dataset(dataset, options.out, max_samples=options.max_samples)
     print(report)
     return 0 if report.ok else 1

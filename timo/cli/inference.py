@@ -22,7 +22,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
     parser.add_argument("--out", type=str, default=None, help="JSON file of the figures")
     options = parser.parse_args(arguments)
-    dataset = parser.instantiate_classes(options).data
+    dataset = parser.instantiate(options).data
     if "mask" not in dataset[0]:
         raise ValueError("data: its samples have no mask; add mask rasters or labels=")
     task = load_segmenter(options.run, dataset)
@@ -51,8 +51,8 @@ def predict(arguments: Sequence[str]) -> int:
     tile, overlap = options.tile, options.overlap
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap is {overlap}; it must be from 0 to less than tile, {tile}")
-    options.data.init_args.update({"tile": tile, "stride": tile - overlap})
-    dataset = parser.instantiate_classes(options).data
+    options.data.init_args.tile, options.data.init_args.stride = tile, tile - overlap
+    dataset = parser.instantiate(options).data
     task = load_segmenter(options.run, dataset)
     gpu = options.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     if options.accelerator == "gpu" and not gpu:

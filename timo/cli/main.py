@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
 
 COMMANDS = {
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, ArgumentError) as error:
         if os.environ.get("TIMO_TRACEBACK") == "1":
             raise
         print(f"timo {name}: {error}", file=sys.stderr)

@@ -16,8 +16,8 @@ FROM_DATA = {"bands", "mean", "deviation", "scale", "offset"}
 
 
 def series_parser(program: str, description: str) -> ArgumentParser:
-    """A parser with `--config`, whose errors name the key."""
-    parser = ArgumentParser(prog=program, description=description)
+    """A parser with `--config`, whose errors name the key and are raised."""
+    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of these options")
     return parser
 
@@ -35,5 +35,5 @@ def training_parser(program: str, description: str, task: type, derived: set) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's deprecated options
         parser.add_class_arguments(Trainer, "trainer", skip=OURS, instantiate=False)
-    parser.set_defaults({"trainer.max_epochs": 100, "trainer.log_every_n_steps": 10})
+    parser.set_defaults({"trainer.max_epochs": 100, "trainer.log_every_n_steps": 1})
     return parser

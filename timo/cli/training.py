@@ -24,7 +24,9 @@ def pretrain(arguments: Sequence[str]) -> int:
 
 def finetune(arguments: Sequence[str]) -> int:
     """Fine-tune for segmentation, from pretrained weights or from scratch."""
-    parser = training_parser("timo finetune", finetune.__doc__, SegmentationTask, {"per_frame"})
+    derived = {"per_frame", "classes"}
+    parser = training_parser("timo finetune", finetune.__doc__, SegmentationTask, derived)
+    parser.add_argument("--task.classes", type=list[str] | None, help="names, in label order")
     options = parser.parse_args(arguments)
     data, normalisation = _data(parser, options)
     mask = data.train[0].get("mask")
@@ -33,7 +35,7 @@ def finetune(arguments: Sequence[str]) -> int:
             "data.train: its samples have no mask; add mask.tif, <date>_mask.tif or labels="
         )
     described = options.task.as_dict() | {"per_frame": mask.ndim == 3}
-    described["classes"] = described["classes"] or getattr(data.train, "classes", None)
+    described["classes"] = described["classes"] or _classes(data)
     if not described["classes"]:
         raise ValueError('task.classes: name the classes of the labels, as ["land", "water"]')
     task = SegmentationTask(data.train.bands, **normalisation, **described)
@@ -43,9 +45,14 @@ def finetune(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _classes(data: SeriesData) -> tuple[str, ...] | None:
+    """Names of the classes where the data set states them, as the simulated one does."""
+    return getattr(data.train.dataset, "classes", None)
+
+
 def _data(parser: ArgumentParser, options: Namespace) -> tuple[SeriesData, dict]:
     seed_everything(options.seed, workers=True, verbose=False)
-    data = parser.instantiate_classes(options).data
+    data = parser.instantiate(options).data
     if data.train is None:
         raise ValueError(
             "data.train is missing; as --data.train RasterSeries --data.train.root DIR"
@@ -55,7 +62,7 @@ def _data(parser: ArgumentParser, options: Namespace) -> tuple[SeriesData, dict]
 
 def _train(task: SeriesTask, data: SeriesData, parser: ArgumentParser, options: Namespace) -> None:
     out = Path(options.out)
-    config = parser.dump(options, skip_none=True)
+    config = parser.dump(options, skip_unset=True)
     open_run(out, config, options.seed, options.resume)
     trainer: Trainer = fit(task, data, out, options.resume, **options.trainer.as_dict())
     figures = {k: v.item() for k, v in trainer.callback_metrics.items()}

@@ -1,53 +1,36 @@
 """The check report as one self-contained HTML page."""
 
-import base64
-import html
-import io
 import math
 from pathlib import Path
 
 import numpy as np
 
 from timo.data.check import CheckReport, SampleFacts
-from timo.data.contract import IGNORE_INDEX, atomic_output, evenly_spaced
+from timo.data.contract import IGNORE_INDEX, evenly_spaced
+from timo.data.page import figure, image, table, text, write_html
 
 _SAMPLES, _DATES, _COLUMNS = 6, 96, 8  # pictures of so many samples and dates
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; color: #222;
-       padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; }
-td, th { border-bottom: 1px solid #ddd; padding: .25rem .8rem; text-align: left;
-         font-variant-numeric: tabular-nums; vertical-align: top; }
-img { max-width: 100%; }
-.error { color: #b00020; } .warning { color: #9a5b00; } .note { color: #555; }
-"""
 
 
 def write_page(report: CheckReport, out: Path) -> None:
     """Write `report` to `out`, whole or not at all; raises ImportError without matplotlib."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("the page needs matplotlib: pip install timo[train]") from error
-    with atomic_output(out) as partial:
-        partial.write_text(_page(report), encoding="utf-8")
+    write_html(out, "Dataset check", _page(report))
 
 
-def _page(report: CheckReport) -> str:
+def _page(report: CheckReport) -> list[str]:
     parts = [
         f"<h1>{'No errors found' if report.ok else 'Errors found'}</h1>",
         f"<p>{report.total} samples, {len(report.samples)} looked at. Bands: "
-        f"{_text(', '.join(report.bands))}. Units: {_text(report.units)}.</p>",
+        f"{text(', '.join(report.bands))}. Units: {text(report.units)}.</p>",
         "<h2>Problems</h2>",
-        _table(
+        table(
             ("", "where", "what"),
             [(p.severity, p.where, p.text) for p in report.problems],
             [p.severity for p in report.problems],
         ) if report.problems else "<p>None.</p>",
     ]  # fmt: skip
     if report.samples:
-        parts += ["<h2>Samples</h2>", _table(_HEAD, [_row(facts) for facts in report.samples])]
+        parts += ["<h2>Samples</h2>", table(_HEAD, [_row(facts) for facts in report.samples])]
         parts += ["<h2>Values</h2>", _histograms(report)]
     if report.labels:
         total = sum(report.labels.values())
@@ -55,13 +38,12 @@ def _page(report: CheckReport) -> str:
             ("255 (ignore)" if label == IGNORE_INDEX else label, count, f"{count / total:.2%}")
             for label, count in sorted(report.labels.items())
         ]
-        parts += ["<h2>Labels</h2>", _table(("label", "pixels", "share"), rows)]
+        parts += ["<h2>Labels</h2>", table(("label", "pixels", "share"), rows)]
     if report.samples:
         parts.append(_DATES_HEAD)
     for facts in report.samples[:_SAMPLES]:
-        parts += [f"<h3>{_text(facts.name)}</h3>", _pictures(facts)]
-    head = '<meta charset="utf-8"><title>Dataset check</title>'
-    return f"<!doctype html>{head}<style>{_STYLE}</style>{''.join(parts)}"
+        parts += [f"<h3>{text(facts.name)}</h3>", _pictures(facts)]
+    return parts
 
 
 _DATES_HEAD = (
@@ -92,14 +74,14 @@ def _histograms(report: CheckReport) -> str:
         return "<p>No pixel is valid.</p>"
     columns = min(4, len(report.bands))
     rows = math.ceil(len(report.bands) / columns)
-    figure, axes = _figure(rows, columns, 3.2 * columns, 2.2 * rows)
+    drawn, axes = figure(rows, columns, 3.2 * columns, 2.2 * rows)
     for axis, band, values in zip(axes, report.bands, pixels):
         axis.hist(values, bins=80, color="#3a6ea5")
         axis.set_title(f"{band}: {values.mean():.4g} ± {values.std():.4g}", fontsize=9)
         axis.set_xlabel(report.units, fontsize=8)
         axis.tick_params(labelsize=7)
         axis.set_yticks([])
-    return _image(figure, "distribution of valid values by band")
+    return image(drawn, "distribution of valid values by band")
 
 
 def _pictures(facts: SampleFacts) -> str:
@@ -117,7 +99,7 @@ def _pictures(facts: SampleFacts) -> str:
     rows = math.ceil(len(panels) / columns)
     width = 13 / columns
     height = width * h / w * (2 if by_date else 1) + 0.3
-    figure, axes = _figure(rows, columns, 13, height * rows)
+    drawn, axes = figure(rows, columns, 13, height * rows)
     for axis, (title, images) in zip(axes, panels):
         axis.imshow(np.concatenate(images), interpolation="nearest")
         axis.set_title(title, fontsize=8)
@@ -125,7 +107,7 @@ def _pictures(facts: SampleFacts) -> str:
         axis.axis("off")
     rest = len(facts.dates) - len(shown)
     note = f"<p>{rest} more dates are not shown.</p>" if rest else ""
-    return _image(figure, f"dates of {facts.name}") + note
+    return image(drawn, f"dates of {facts.name}") + note
 
 
 def _colored(mask: np.ndarray) -> np.ndarray:
@@ -135,31 +117,3 @@ def _colored(mask: np.ndarray) -> np.ndarray:
     colors = colormaps["tab20"](mask % 20)[..., :3]
     colors[mask == IGNORE_INDEX] = 0.85
     return colors
-
-
-def _figure(rows: int, columns: int, width: float, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
-
-
-def _image(figure, description: str) -> str:
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=100)
-    data = base64.b64encode(png.getvalue()).decode()
-    return f'<img alt="{_text(description)}" src="data:image/png;base64,{data}">'
-
-
-def _table(head: tuple, rows: list[tuple], classes: list[str] | None = None) -> str:
-    lines = ["<tr>" + "".join(f"<th>{_text(cell)}</th>" for cell in head) + "</tr>"]
-    for number, row in enumerate(rows):
-        kind = f' class="{classes[number]}"' if classes else ""
-        lines.append(f"<tr{kind}>" + "".join(f"<td>{_text(c)}</td>" for c in row) + "</tr>")
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 
 from timo.data import DataError
+from timo.data.transforms import sample_generator
 
 
 class SeriesTask(LightningModule):
@@ -83,6 +84,13 @@ class SeriesTask(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self.trainer.datamodule.set_epoch(self.current_epoch)
+
+    def on_train_batch_start(self, batch: dict, index: int) -> None:
+        # Masking and stochastic depth depend on (seed, step, rank) alone, so that a run that was
+        # stopped and resumed equals one that was not.
+        seed = self.trainer.datamodule.seed
+        drawn = sample_generator(seed, self.global_step, -2 - self.global_rank).initial_seed()
+        torch.manual_seed(drawn)
 
     def configure_optimizers(self) -> dict:
         decayed, kept = [], []

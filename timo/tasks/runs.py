@@ -82,7 +82,7 @@ def fit(task: SeriesTask, data: SeriesData, out: Path, resume: bool = False, **o
         **options,
         default_root_dir=out,
         logger=[
-            CSVLogger(out, name="", version="logs"),
+            CSVLogger(out, name="", version=_unused(out, "logs")),  # it would empty an old one
             TensorBoardLogger(out, name="", version="logs"),
         ],
         callbacks=callbacks,
@@ -93,6 +93,12 @@ def fit(task: SeriesTask, data: SeriesData, out: Path, resume: bool = False, **o
         raise KeyboardInterrupt
     save_model(task, out)
     return trainer
+
+
+def _unused(out: Path, name: str) -> str:
+    """`name`, or name_2, name_3, ... where a resumed run has used it."""
+    number = 1 + len(list(out.glob(f"{name}*")))
+    return name if number == 1 else f"{name}_{number}"
 
 
 def save_model(task: SeriesTask, out: Path) -> None:

@@ -1,0 +1,181 @@
+"""The commands as a user runs them, on small rasters written without the library."""
+
+import json
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+
+from tests.data.writers import frames, write_rasters, write_tif
+from timo.cli import main
+
+SMALL = json.dumps(
+    {"embed_dims": [8, 8, 16, 16], "num_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1]}
+)
+DECODER = json.dumps(
+    json.loads(SMALL) | {"decoder_embed_dim": 16, "decoder_num_heads": 2, "decoder_depth": 1}
+)
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_model_summary", "false"]
+NAMES = ["2001", "2003", "2004"]
+
+
+@pytest.fixture
+def series(tmp_path):
+    """Three dates of 2 bands, 64 x 80; nodata 0 in a corner at all dates; a mask for each date."""
+    pixels = frames(3, bands=2, height=64, width=80, dtype="uint8")
+    pixels[..., :8, :8] = 0
+    folder = tmp_path / "river"
+    write_rasters(folder, NAMES, pixels, nodata=0)
+    for name, frame in zip(NAMES, pixels):
+        write_tif(folder / f"{name}_mask.tif", (frame[0] > 100).astype("uint8"))
+    return folder
+
+
+def run(*arguments) -> int:
+    return main([str(a) for a in arguments])
+
+
+def pretrain(series, out, *more):
+    return run(
+        "pretrain", "--out", out, "--data.train", "RasterSeries", "--data.train.root", series,
+        "--data.train.tile", 64, "--data.train.stride", 16, "--data.batch_size", 2,
+        "--task.model", "timo_tiny", "--task.model_options", DECODER, "--trainer.max_epochs", 2,
+        *QUIET, *more,
+    )  # fmt: skip
+
+
+def finetune(series, out, *more):
+    return run(
+        "finetune", "--out", out, "--data.train", "RasterSeries", "--data.train.root", series,
+        "--data.train.tile", 64, "--data.train.stride", 16, "--data.batch_size", 2,
+        "--task.model", "timo_tiny", "--task.model_options", SMALL,
+        "--task.classes", "[land, water]", "--trainer.max_steps", 2, *QUIET, *more,
+    )  # fmt: skip
+
+
+def test_the_whole_road(series, tmp_path, capsys):
+    assert pretrain(series, tmp_path / "a") == 0
+    for name in ("config.yaml", "environment.json", "task.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).is_file()
+    assert (tmp_path / "a" / "checkpoints" / "last.ckpt").is_file()
+    assert list((tmp_path / "a" / "logs").glob("events*"))
+    assert "train/loss" in (tmp_path / "a" / "logs" / "metrics.csv").read_text()
+    record = json.loads((tmp_path / "a" / "environment.json").read_text())
+    assert record["seed"] == 0 and record["packages"]["torch"]
+
+    weights = tmp_path / "a" / "model.safetensors"
+    validation = ("--data.val", "RasterSeries", "--data.val.root", series, "--data.val.tile", "64")
+    assert finetune(series, tmp_path / "b", "--task.pretrained", weights, *validation) == 0
+    said = capsys.readouterr().out
+    assert "loaded" in said and "pretraining decoder" in said and "val/mean_iou" in said
+
+    data = ("--data", "RasterSeries", "--data.root", series)
+    assert run("evaluate", "--run", tmp_path / "b", *data, "--data.tile", 64,
+               "--accelerator", "cpu", "--out", tmp_path / "scores.json") == 0  # fmt: skip
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert {"test/iou/land", "test/f1/water", "test/mean_iou", "test/accuracy"} <= set(scores)
+
+    assert run("predict", "--run", tmp_path / "b", *data, "--tile", 48, "--overlap", 16,
+               "--out", tmp_path / "maps", "--change", "true") == 0  # fmt: skip
+    with (
+        rasterio.open(tmp_path / "maps" / "river.tif") as file,
+        rasterio.open(series / "2001.tif") as source,
+    ):
+        assert (file.crs, file.transform, file.shape) == (source.crs, source.transform, (64, 80))
+        assert file.descriptions == ("2001-07-01", "2003-07-01", "2004-07-01")
+        assert file.nodata == 255
+        labels = file.read()
+    assert (labels[:, :8, :8] == 255).all() and set(np.unique(labels[:, 8:])) <= {0, 1}
+    with rasterio.open(tmp_path / "maps" / "river_change.tif") as file:
+        change = file.read(1)
+    valid = labels[0] != 255
+    assert (change[valid] == labels[0][valid] * 2 + labels[2][valid]).all()
+    assert (change[~valid] == 255).all()
+
+
+def test_resume_equals_an_uninterrupted_run(series, tmp_path):
+    # Constant, for a schedule spans the whole run and the first part does not know its length.
+    constant = ("--task.schedule", "constant", "--task.warmup", 0)
+    assert pretrain(series, tmp_path / "whole", *constant) == 0
+    assert pretrain(series, tmp_path / "parts", *constant, "--trainer.max_epochs", 1) == 0
+    half = load(tmp_path / "parts")
+    assert pretrain(series, tmp_path / "parts", *constant, "--resume", "true") == 0
+    whole, parts = load(tmp_path / "whole"), load(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert not all(torch.equal(half[key], parts[key]) for key in half)
+    assert (tmp_path / "parts" / "logs" / "metrics.csv").is_file(), "the first part's log is gone"
+
+
+def load(run):
+    from safetensors.torch import load_file
+
+    return load_file(run / "model.safetensors")
+
+
+def test_a_run_repeats_from_its_configuration(series, tmp_path):
+    assert pretrain(series, tmp_path / "a") == 0
+    config = tmp_path / "a" / "config.yaml"
+    assert run("pretrain", "--config", config, "--out", tmp_path / "b") == 0
+    a, b = load(tmp_path / "a"), load(tmp_path / "b")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_bad_input_is_one_message_and_leaves_results_alone(series, tmp_path, capsys):
+    out = tmp_path / "a"
+    assert pretrain(series, out) == 0
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+    def fails(code, words, command, *arguments):
+        capsys.readouterr()
+        assert command(*arguments) == code
+        said = capsys.readouterr().err
+        assert words in said and "Traceback" not in said, said
+
+    fails(2, "is not empty", pretrain, series, out)
+    fails(2, "start without --resume", pretrain, series, tmp_path / "new", "--resume", "true")
+    fails(2, "is not a folder", pretrain, tmp_path / "nowhere", tmp_path / "new")
+    fails(2, "task.classes", finetune, series, tmp_path / "new", "--task.classes", "null")
+    fails(2, "does not fit", finetune, series, tmp_path / "new", "--task.pretrained",
+          out / "model.safetensors", "--task.model_options", "{}")  # fmt: skip
+    fails(2, "finished run", run, "predict", "--run", tmp_path, "--data", "RasterSeries",
+          "--data.root", series, "--out", tmp_path / "maps")  # fmt: skip
+    fails(2, "of a pretraining run", run, "predict", "--run", out, "--data", "RasterSeries",
+          "--data.root", series, "--out", tmp_path / "maps")  # fmt: skip
+    fails(2, "no command", run, "train")
+    fails(2, "mask_rato", pretrain, series, tmp_path / "new", "--task.mask_rato", "0.5")
+    config = tmp_path / "config.yaml"
+    config.write_text("task:\n  learning_rat: 1.0\n")
+    fails(2, "learning_rat", pretrain, series, tmp_path / "new", "--config", config)
+    truncated = series / "2003.tif"
+    truncated.write_bytes(truncated.read_bytes()[:200])
+    fails(2, "2003.tif", pretrain, series, tmp_path / "new")
+    assert not (tmp_path / "new").exists(), "a failed run left a folder behind"
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def test_all_invalid_series_are_refused_by_name(tmp_path, capsys):
+    pixels = np.zeros((2, 1, 64, 64), "uint8")
+    write_rasters(tmp_path / "dark", ["2001", "2002"], pixels, nodata=0)
+    assert pretrain(tmp_path / "dark", tmp_path / "out") == 2
+    assert "valid pixel" in capsys.readouterr().err
+
+
+def test_simulate_and_check(tmp_path, capsys):
+    out = tmp_path / "simulated"
+    assert run("data", "simulate", "--out", out, "--count", 2, "--series.dates", 3,
+               "--series.size", 32) == 0  # fmt: skip
+    page = tmp_path / "page.html"
+    data = ("--data", "NumpySeries", "--data.path", out)
+    assert run("data", "check", *data, "--out", page) == 0
+    assert "data:image/png" in page.read_text()
+    assert run("data", "simulate", "--out", out) == 2
+    assert "empty" in capsys.readouterr().err
+
+
+def test_info(capsys):
+    assert run("info") == 0
+    said = capsys.readouterr().out
+    assert "temporal_median" in said and "torch" in said
+    assert run() == 2 and run("--help") == 0
