@@ -1,8 +1,10 @@
 """Spatiotemporal gyroscope attention: one spatial score matrix for all acquisition dates."""
 
+import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from timo.ops import dispatch
@@ -10,10 +12,11 @@ from timo.ops.checks import FLOATS, check_same, check_shape, check_tensor, check
 from timo.ops.dispatch import REFERENCE, Backend, Request
 from timo.ops.library import define, refuse_third_derivative
 
-# Elements of one block of energies in the reference. Its workspace is at most three such blocks
-# in the accumulation dtype (24 MiB in float32), beside the values of the heads in hand and their
+# Elements of one block of energies in the reference. Its workspace is at most four such blocks in
+# the accumulation dtype (16 MiB in float32), beside the values of the heads in hand and their
 # gradient (each heads * N * T * D elements, a single head as soon as N * N exceeds a block).
-BLOCK = 2**21
+BLOCK = 2**20
+BITS = math.log2(math.e)  # the reference computes in powers of two
 
 
 def gyroscope_attention(
@@ -91,45 +94,52 @@ def reference(
         spatial_lse (B, N, H), the same over the spatial energies without the gate, of positions
         valid on any date. Both are +inf where the query (the position on every date) is invalid.
     """
-    B, T, N, H, D = q.shape
+    B, T, N, H, _ = q.shape
     dtype = accumulation(q.dtype)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, T, N, H), dtype=dtype, device=q.device)
     spatial_lse = torch.empty((B, N, H), dtype=dtype, device=q.device)
     for b, heads, blocks in tiles(q):
-        usable, per_date = validity(valid, b, N)
+        usable, bars = validity(valid, b, N, dtype)
         values = dates_inside(v[b, :, :, heads], usable, dtype).contiguous()  # [g, N, T, D]
         keys = medians(k_median[b, :, heads], usable, dtype)  # [g, N, D]
         for rows in blocks:
             live = None if usable is None else usable[:, rows]
-            query = medians(q_median[b, rows, heads], live, dtype) * scale
+            query = medians(q_median[b, rows, heads], live, dtype)
             date_query = dates_inside(q[b, :, rows, heads], live, dtype)  # [g, R, T, D]
             date_key = dates_inside(k[b, :, rows, heads], live, dtype)
-            gates = dates_inside(gate[b, :, rows, heads, None], live, dtype).squeeze(-1)
-            energies = torch.bmm(query, keys.mT)  # [g, R, N]
-            total = None
-            if per_date:
-                total = hide(energies.detach(), ~usable.any(0)).logsumexp(-1)
-            top, mass, spatial = spatial_sums(energies, values, usable if per_date else None)
-            if total is None:
-                total = (top + mass.log()).squeeze(-1).detach()
-            temporal = temporal_energies(date_query, date_key, live, scale)  # [g, R, T, T]
+            gates = dates_inside(gate[b, :, rows, heads, None], live, dtype).squeeze(-1) * BITS
+
+            energies = torch.bmm(query * (scale * BITS), keys.mT)  # [g, R, N]
+            if bars is None:
+                top, mass, spatial = spatial_sums(energies, values)
+                total = top + mass.detach().log2()
+            else:
+                # Every date has its own maximum: a shared one, held by a position which a date
+                # cannot use, may lie so far above that all weights of that date underflow.
+                dates = [spatial_sums(energies + bars[t], values[:, :, t, None]) for t in range(T)]
+                top, mass, spatial = (torch.cat(x, d) for x, d in zip(zip(*dates), (-1, -1, -2)))
+                total = spatial_sums(
+                    energies.detach() + bars.amax(0), values[:, :, 0, None].detach()
+                )
+                total = total[0] + total[1].log2()
             # One softmax: both parts are rescaled to the greater of their greatest energies.
-            # Subtracting a constant changes no result, so neither maximum is differentiated.
-            greatest = torch.maximum((top + gates).detach(), temporal.detach().amax(-1))
-            weights = (temporal - greatest[..., None]).exp()
-            share = (top + gates - greatest).exp()
+            # A shift of all energies changes no result, so the maxima are not differentiated.
+            temporal = temporal_energies(date_query, date_key, live, scale)  # [g, R, T, T]
+            greatest = torch.maximum(top + gates, temporal.amax(-1)).detach()
+            weights = exp2(temporal - greatest[..., None])
+            share = exp2(top + gates - greatest)
             denominator = share * mass + weights.sum(-1)  # [g, R, T], at least 1
             result = share[..., None] * spatial + weights @ values[:, rows]
             result = result / denominator[..., None]
-            logs = greatest + denominator.detach().log()
+            logs = greatest + denominator.detach().log2()
             if live is not None:
                 result = torch.where(live.mT[..., None], result, 0)
                 logs = torch.where(live.mT, logs, torch.inf)
-                total = torch.where(live.any(0), total, torch.inf)
+                total = torch.where(live.any(0)[:, None], total, torch.inf)
             out[b, :, rows, heads] = result.permute(2, 1, 0, 3)
-            lse[b, :, rows, heads] = logs.permute(2, 1, 0)
-            spatial_lse[b, rows, heads] = total.mT
+            lse[b, :, rows, heads] = logs.permute(2, 1, 0) / BITS
+            spatial_lse[b, rows, heads] = total.squeeze(-1).mT / BITS
     return out, lse, spatial_lse
 
 
@@ -150,114 +160,105 @@ def reference_backward(
     """Gradients of q, k, v, q_median, k_median and gate; recomputes the weights (gyroscope.md)."""
     T, N = q.shape[1:3]
     dtype = accumulation(q.dtype)
-    results = [
-        torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for x in (q, k, v, q_median, k_median, gate)
-    ]
+    inputs = q, k, v, q_median, k_median, gate
+    results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
     dq, dk, dv, dq_median, dk_median, dgate = results
     for b, heads, blocks in tiles(q):
-        usable, per_date = validity(valid, b, N)
+        usable, bars = validity(valid, b, N, dtype)
         values = dates_inside(v[b, :, :, heads], usable, dtype).contiguous()  # [g, N, T, D]
         keys = medians(k_median[b, :, heads], usable, dtype)  # [g, N, D]
         dvalues, dkeys = torch.zeros_like(values), torch.zeros_like(keys)
         for rows in blocks:
             live = None if usable is None else usable[:, rows]
-            query = medians(q_median[b, rows, heads], live, dtype) * scale
+            query = medians(q_median[b, rows, heads], live, dtype)
             date_query = dates_inside(q[b, :, rows, heads], live, dtype)  # [g, R, T, D]
             date_key = dates_inside(k[b, :, rows, heads], live, dtype)
-            gates = dates_inside(gate[b, :, rows, heads, None], live, dtype).squeeze(-1)
+            gates = dates_inside(gate[b, :, rows, heads, None], live, dtype).squeeze(-1) * BITS
+            logs = lse[b, :, rows, heads].permute(2, 1, 0) * BITS  # [g, R, T]
             dout = dates_inside(grad[b, :, rows, heads], live, dtype)
-            logs = lse[b, :, rows, heads].permute(2, 1, 0)  # [g, R, T]
             delta = (dout * dates_inside(out[b, :, rows, heads], live, dtype)).sum(-1)
 
-            weights = (temporal_energies(date_query, date_key, live, scale) - logs[..., None]).exp()
-            dtemporal = weights * (dout @ values[:, rows].mT - delta[..., None])  # [g, R, T, T]
+            temporal = temporal_energies(date_query, date_key, live, scale)  # [g, R, T, T]
+            weights = exp2(temporal - logs[..., None])
+            dtemporal = weights * (dout @ values[:, rows].mT - delta[..., None])
             dvalues[:, rows] += weights.mT @ dout
             dq[b, :, rows, heads] = (scale * dtemporal @ date_key).permute(2, 1, 0, 3)
             dk[b, :, rows, heads] = (scale * dtemporal.mT @ date_query).permute(2, 1, 0, 3)
             # The score gradients of one softmax sum to zero, and the gate moves all spatial ones.
             dgate[b, :, rows, heads] = -dtemporal.sum(-1).permute(2, 1, 0)
 
-            energies = torch.bmm(query, keys.mT)  # [g, R, N]
-            if per_date:
-                denergies = torch.zeros_like(energies)
-                for t in range(T):
-                    denergies += spatial_gradient(
-                        hide(energies, ~usable[t]),
-                        (logs - gates)[..., t, None],
-                        dout[:, :, t],
-                        delta[..., t, None],
-                        values[:, :, t],
-                        dvalues[:, :, t],
-                    )
-            else:
-                totals = spatial_lse[b, rows, heads].mT[..., None]  # [g, R, 1]
-                share = (totals + gates - logs).exp()  # [g, R, T], at most 1
+            energies = torch.bmm(query * (scale * BITS), keys.mT)  # [g, R, N]
+            if bars is None:
+                total = spatial_lse[b, rows, heads].mT[..., None] * BITS  # [g, R, 1]
+                share = exp2(total + gates - logs)  # [g, R, T], at most 1
                 if live is not None:
                     share = torch.where(live.mT, share, 0)
                 denergies = spatial_gradient(
-                    energies,
-                    totals,
+                    energies.sub_(total),
                     (share[..., None] * dout).flatten(2),
                     (share * delta).sum(-1, keepdim=True),
                     values.flatten(2),
                     dvalues.flatten(2),
                 )
+            else:
+                denergies = torch.zeros_like(energies)
+                for t in range(T):
+                    denergies += spatial_gradient(
+                        (energies + bars[t]).sub_((logs - gates)[..., [t]]),
+                        dout[:, :, t],
+                        delta[..., [t]],
+                        values[:, :, t],
+                        dvalues[:, :, t],
+                    )
             dq_median[b, rows, heads] = (scale * torch.bmm(denergies, keys)).transpose(0, 1)
-            dkeys.baddbmm_(denergies.mT, query)
+            dkeys.baddbmm_(denergies.mT, query, alpha=scale)
         dv[b, :, :, heads] = dvalues.permute(2, 1, 0, 3)
         dk_median[b, :, heads] = dkeys.transpose(0, 1)
     return tuple(results)
 
 
-def spatial_sums(
-    energies: Tensor, values: Tensor, usable: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Greatest energy, sum of exponentials, and values weighted by them: over all positions.
-
-    `energies` (g, R, N) is overwritten. With `usable` (T, N) every date has its own maximum: one
-    shared by all would underflow for a date that cannot use the position which holds it.
+def spatial_sums(energies: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of every date with the same weights: (g, R, N), (g, N, T, D).
 
     Returns:
-        (g, R, 1), (g, R, 1) and (g, R, T, D); the first two are (g, R, T) with `usable`.
+        greatest energy (g, R, 1), sum of weights (g, R, 1), weighted values (g, R, T, D); weights
+        are relative to the greatest. `energies` is overwritten.
     """
-    if usable is not None:
-        dates = [
-            spatial_sums(hide(energies, ~usable[t]), values[:, :, t : t + 1], None)
-            for t in range(values.shape[2])
-        ]
-        top, mass, weighted = zip(*dates)
-        return torch.cat(top, -1), torch.cat(mass, -1), torch.cat(weighted, -2)
     top = energies.detach().amax(-1, keepdim=True)
-    weights = energies.sub_(top).exp_()
+    weights = exp2(energies.sub_(top))
     weighted = torch.bmm(weights, values.flatten(2)).unflatten(-1, values.shape[2:])
     return top, weights.sum(-1, keepdim=True), weighted
 
 
 def spatial_gradient(
-    energies: Tensor, shift: Tensor, dout: Tensor, delta: Tensor, values: Tensor, dvalues: Tensor
+    logs: Tensor, dout: Tensor, delta: Tensor, values: Tensor, dvalues: Tensor
 ) -> Tensor:
-    """Gradient of the energies (g, R, N), which are overwritten; adds to `dvalues`.
+    """Gradient of the energies (g, R, N) of weights `exp2(logs)`; adds to `dvalues` (g, N, W).
 
-    Weights are exp(energies - shift); `dout` (g, R, W) is the gradient of the weighted `values`
-    (g, N, W), and `delta` (g, R, 1) its product with the output.
+    `dout` (g, R, W) is the gradient of the weighted `values` (g, N, W), `delta` (g, R, 1) its
+    product with the output.
     """
-    weights = energies.sub_(shift).exp_()
+    weights = exp2(logs)
     dvalues.baddbmm_(weights.mT, dout)
-    return torch.baddbmm(-delta, dout, values.mT).mul_(weights)
+    return torch.bmm(dout, values.mT).sub_(delta).mul_(weights)
 
 
 def temporal_energies(q: Tensor, k: Tensor, usable: Tensor | None, scale: float) -> Tensor:
-    """Energies of the other valid dates of the same position: (g, R, T, D) -> (g, R, T, T)."""
+    """Energies in bits of the other valid dates of a position: (g, R, T, D) -> (g, R, T, T)."""
     barred = torch.eye(q.shape[2], dtype=torch.bool, device=q.device)
     if usable is not None:
         barred = barred | ~usable.mT[:, None, :]  # [R, T, T]
-    return hide(scale * q @ k.mT, barred)
+    return (scale * BITS * q @ k.mT).masked_fill(barred, torch.finfo(q.dtype).min)
 
 
-def hide(energies: Tensor, barred: Tensor) -> Tensor:
-    """Energies with barred keys at the lowest finite number: weight 0, and no inf - inf."""
-    return energies.masked_fill(barred, torch.finfo(energies.dtype).min)
+def exp2(x: Tensor) -> Tensor:
+    """2 ** x, but 0 below 2 ** -100.
+
+    Of a sum that is at least 1 this drops nothing that counts. Denormal numbers, which energies
+    that differ by hundreds lead to, make exponentials and matrix products on CPUs slower by
+    factors of ten to fifty.
+    """
+    return F.threshold(x, -100, -torch.inf).exp2_()
 
 
 def dates_inside(x: Tensor, usable: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -272,13 +273,20 @@ def medians(x: Tensor, usable: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x if usable is None else torch.where(usable.any(0)[:, None], x, 0)
 
 
-def validity(valid: Tensor | None, b: int, positions: int) -> tuple[Tensor | None, bool]:
-    """Sample b's validity (T, N), or None if all is valid; and whether it varies by position."""
+def validity(
+    valid: Tensor | None, b: int, positions: int, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Sample b's validity (T, N), or None if all is valid.
+
+    And, where it differs from position to position, what to add to energies: (T, N) of 0 and the
+    lowest finite number, which gives weight 0 without inf - inf.
+    """
     if valid is None:
-        return None, False
+        return None, None
     if valid.ndim == 2:
-        return valid[b, :, None].expand(-1, positions), False
-    return valid[b], True
+        return valid[b, :, None].expand(-1, positions), None
+    bars = torch.zeros(valid.shape[1:], dtype=dtype, device=valid.device)
+    return valid[b], bars.masked_fill_(~valid[b], torch.finfo(dtype).min)
 
 
 def tiles(q: Tensor) -> Iterator[tuple[int, slice, list[slice]]]:
