@@ -7,6 +7,7 @@ import pytest
 import rasterio
 import torch
 
+from tests.conftest import REPOSITORY
 from tests.data.writers import frames, write_rasters, write_tif
 from timo.cli import main
 
@@ -179,3 +180,14 @@ def test_info(capsys):
     said = capsys.readouterr().out
     assert "temporal_median" in said and "torch" in said
     assert run() == 2 and run("--help") == 0
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("configs/*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configurations_are_understood(path):
+    from timo.cli.parsing import training_parser
+    from timo.tasks import PretrainingTask, SegmentationTask
+
+    finetune = path.stem.startswith("finetune")
+    task, derived = (SegmentationTask, {"per_frame"}) if finetune else (PretrainingTask, set())
+    options = training_parser("timo x", "", task, derived).parse_args(["--config", str(path)])
+    assert options.task.model.startswith("timo_") and options.data.train is not None
