@@ -86,7 +86,7 @@ def test_bands_target_and_output_change_no_other_part():
     assert torch.equal(only["valid"], reference["valid"])
     digital = SimulatedSeries(3, seed=7, size=32, output="DN")
     raw = digital[1]["image"]
-    assert raw.dtype == torch.int16
+    assert raw.dtype == torch.uint16
     restored = physical(raw, digital.scale, digital.offset)
     torch.testing.assert_close(restored, reference["image"], rtol=0, atol=0.51e-4)
     assert (raw > 0)[digital[1]["valid"][:, None].expand_as(raw)].all()

@@ -69,7 +69,7 @@ class SimulatedSeries(SeriesDataset):
     `(seed, i)` and the arguments alone, whatever the worker or the order; the choice of `bands`,
     `target` and `output` changes no other part of it.
 
-    A sample is a dict of "image" `(T, C, H, W)`, float32 reflectance or int16 digital numbers
+    A sample is a dict of "image" `(T, C, H, W)`, float32 reflectance or uint16 digital numbers
     (reflectance = 1e-4 · DN, as `scale` and `offset` say); "dates" int64 `(T,)`, days since
     1970-01-01, ascending and distinct; "valid" bool `(T, H, W)`, False under clouds and shadows
     (which the image shows) and on missing dates (0 in the image); "name"; and, unless `target` is
@@ -194,7 +194,7 @@ class SimulatedSeries(SeriesDataset):
         np.clip(image, _QUANTUM, 1.2, out=image)
         image[~present] = 0
         if self.output == "DN":
-            image = np.rint(image / np.float32(_QUANTUM)).astype(np.int16)
+            image = np.rint(image / np.float32(_QUANTUM)).astype(np.uint16)
 
         sample = {
             "image": torch.from_numpy(image),
