@@ -16,7 +16,7 @@ from timo.ops.library import define, refuse_third_derivative
 # the accumulation dtype (16 MiB in float32), beside the values of the heads in hand and their
 # gradient (each heads * N * T * D elements, a single head as soon as N * N exceeds a block).
 BLOCK = 2**20
-BITS = math.log2(math.e)  # the reference computes in powers of two
+BITS = math.log2(math.e)  # e ** x is 2 ** (BITS * x)
 
 
 def gyroscope_attention(
@@ -90,9 +90,11 @@ def reference(
     """Plain PyTorch, blocked over queries; differentiable any number of times.
 
     Returns:
-        out (B, T, N, H, D); lse (B, T, N, H), log of the sum of all exponentials of a query; and
-        spatial_lse (B, N, H), the same over the spatial energies without the gate, of positions
-        valid on any date. Both are +inf where the query (the position on every date) is invalid.
+        out (B, T, N, H, D); lse (B, T, N, H), base-2 logarithm of the sum of all exponentials
+        of a query; and spatial_lse (B, N, H), the same over the spatial energies without the gate,
+        of positions valid on any date. Both are +inf where the query (the position on every date)
+        is invalid. Base 2 because exponentials are powers of two wherever they are fast: every
+        conversion would cost a rounding, which counts where energies are in the hundreds.
     """
     B, T, N, H, _ = q.shape
     dtype = accumulation(q.dtype)
@@ -138,8 +140,8 @@ def reference(
                 logs = torch.where(live.mT, logs, torch.inf)
                 total = torch.where(live.any(0)[:, None], total, torch.inf)
             out[b, :, rows, heads] = result.permute(2, 1, 0, 3)
-            lse[b, :, rows, heads] = logs.permute(2, 1, 0) / BITS
-            spatial_lse[b, rows, heads] = total.squeeze(-1).mT / BITS
+            lse[b, :, rows, heads] = logs.permute(2, 1, 0)
+            spatial_lse[b, rows, heads] = total.squeeze(-1).mT
     return out, lse, spatial_lse
 
 
@@ -174,7 +176,7 @@ def reference_backward(
             date_query = dates_inside(q[b, :, rows, heads], live, dtype)  # [g, R, T, D]
             date_key = dates_inside(k[b, :, rows, heads], live, dtype)
             gates = dates_inside(gate[b, :, rows, heads, None], live, dtype).squeeze(-1) * BITS
-            logs = lse[b, :, rows, heads].permute(2, 1, 0) * BITS  # [g, R, T]
+            logs = lse[b, :, rows, heads].permute(2, 1, 0)  # [g, R, T]
             dout = dates_inside(grad[b, :, rows, heads], live, dtype)
             delta = (dout * dates_inside(out[b, :, rows, heads], live, dtype)).sum(-1)
 
@@ -189,7 +191,7 @@ def reference_backward(
 
             energies = torch.bmm(query * (scale * BITS), keys.mT)  # [g, R, N]
             if bars is None:
-                total = spatial_lse[b, rows, heads].mT[..., None] * BITS  # [g, R, 1]
+                total = spatial_lse[b, rows, heads].mT[..., None]  # [g, R, 1]
                 share = exp2(total + gates - logs)  # [g, R, T], at most 1
                 if live is not None:
                     share = torch.where(live.mT, share, 0)
