@@ -1,0 +1,189 @@
+"""Tasks and data modules below the commands."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.data.writers import frames, write_rasters, write_tif
+from timo.data import DataError, RasterSeries, SimulatedSeries, open_water
+from timo.tasks import PretrainingTask, SegmentationTask, SeriesData
+from timo.tasks.data import SeededShuffle, compact_valid
+from timo.tasks.prediction import change_codes, predict_strips
+
+SMALL = {"embed_dims": [8, 8, 16, 16], "num_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1]}
+UNITS = {"mean": [0.2, 0.3], "deviation": [0.1, 0.2], "scale": [1.0, 1.0], "offset": [0.0, 0.0]}
+
+
+def segmentation(**options) -> SegmentationTask:
+    options = {"model_options": SMALL, "classes": ("a", "b", "c"), **options}
+    return SegmentationTask(("x", "y"), **UNITS, model="timo_tiny", **options)
+
+
+def test_compact_valid_is_the_cheapest_equal_form():
+    valid = torch.ones(2, 3, 4, 5, dtype=torch.bool)
+    assert compact_valid(valid) is None
+    valid[0, 1] = False
+    assert torch.equal(compact_valid(valid), torch.tensor([[1, 0, 1], [1, 1, 1]]).bool())
+    valid[1, 2, 0, 0] = False
+    assert compact_valid(valid) is valid
+
+
+def test_forms_of_validity_give_one_result():
+    torch.manual_seed(0)
+    task = segmentation(per_frame=True).eval()
+    valid = torch.ones(2, 3, 32, 32, dtype=torch.bool)
+    valid[0, 1] = False
+    batch = {"image": torch.randn(2, 3, 2, 32, 32), "dates": torch.arange(6).view(2, 3)}
+    with torch.no_grad():
+        full = task(batch | {"valid": valid})
+        short = task(batch | {"valid": compact_valid(valid)})
+    torch.testing.assert_close(full[valid[:, :, 0, 0]], short[valid[:, :, 0, 0]])
+
+
+def test_normalisation_is_of_physical_values():
+    """The same reflectance gives the same input, whatever raw units it is stored in."""
+    torch.manual_seed(0)
+    task = segmentation().eval()
+    reflectance = SimulatedSeries(1, bands=("B03", "B04"), size=32, dates=2, output="reflectance")
+    numbers = SimulatedSeries(1, bands=("B03", "B04"), size=32, dates=2, output="DN")
+    out = []
+    for dataset in (reflectance, numbers):
+        task.bands = dataset.bands
+        task.read_from(dataset)
+        sample = dataset[0]
+        batch = {k: sample[k][None] for k in ("image", "dates", "valid")}
+        with torch.no_grad():
+            out.append(task(batch))
+    torch.testing.assert_close(out[0], out[1], atol=5e-3, rtol=0)
+    assert out[0].std() > 2e-2, "the comparison above would pass for any input"
+    task.bands = ("B04", "B03")
+    with pytest.raises(DataError, match=r"bands \('B03', 'B04'\).*reads \('B04', 'B03'\)"):
+        task.read_from(reflectance)
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
+def test_loss_ignores_255(weights):
+    task = segmentation(class_weights=weights)
+    logits, mask = torch.randn(2, 3, 8, 8), torch.randint(0, 3, (2, 8, 8))
+    mask[0, :4] = 255
+    expected = F.cross_entropy(
+        logits, mask, None if weights is None else torch.tensor(weights), ignore_index=255
+    )
+    torch.testing.assert_close(task.loss(logits, mask), expected)
+    assert task.loss(logits, torch.full_like(mask, 255)) == 0
+
+
+def test_mask_and_model_must_agree_on_frames():
+    frames, one = torch.randn(1, 2, 3, 8, 8), torch.zeros(1, 8, 8).long()
+    with pytest.raises(ValueError, match="one for every date"):
+        segmentation().loss(frames, one)
+    with pytest.raises(ValueError, match="per_frame=True"):
+        segmentation().loss(frames[:, 0], one.expand(1, 2, 8, 8))
+
+
+def test_schedule():
+    task = segmentation(warmup=0.1, schedule="cosine")
+    factors = [task._factor(step, 100) for step in range(101)]
+    assert 0 < factors[0] < factors[5] < 1 and factors[10] == 1
+    assert factors[55] == pytest.approx(0.5, abs=1e-6) and factors[100] == pytest.approx(0)
+    assert all(f == 1 for f in (segmentation()._factor(s, 100) for s in range(100)))
+    for bad, words in (({"schedule": "linear"}, "schedule"), ({"warmup": 1.0}, "warmup"),
+                       ({"class_weights": [1.0]}, "class_weights")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            segmentation(**bad)
+
+
+def test_shuffling_depends_on_seed_and_epoch():
+    sampler = SeededShuffle(20, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(20)) and first == list(SeededShuffle(20, 3))
+    sampler.set_epoch(1)
+    assert list(sampler) != first and list(SeededShuffle(20, 4)) != first
+
+
+def test_workers_change_nothing():
+    batches = []
+    for workers in (0, 2):
+        series = SimulatedSeries(8, size=32, dates=4)
+        data = SeriesData(series, batch_size=4, dates=2, workers=workers, seed=5)
+        loader = data.train_dataloader()
+        data.set_epoch(2)
+        batches.append(list(loader))
+    for a, b in zip(*batches):
+        assert all(torch.equal(a[k], b[k]) for k in ("image", "dates", "valid", "mask"))
+        assert a["name"] == b["name"]
+
+
+def test_datasets_must_match():
+    train = SimulatedSeries(4, bands=("B03", "B04"))
+    with pytest.raises(DataError, match="val: has bands"):
+        SeriesData(train, SimulatedSeries(4, bands=("B04", "B03")))
+    with pytest.raises(DataError, match="val: has scale"):
+        SeriesData(train, SimulatedSeries(4, bands=("B03", "B04"), output="DN"))
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        SeriesData(train, batch_size=0)
+
+
+def test_prediction_joins_windows_and_keeps_nodata(tmp_path):
+    """A model that tells dark from bright gives the same map whole and in windows."""
+    pixels = frames(2, bands=2, height=70, width=90, dtype="uint8")
+    pixels[0, :, 10:20, 10:30] = 0  # nodata at one date
+    pixels[:, :, 40:50] = 0  # nodata at both
+    write_rasters(tmp_path, ["2001", "2002"], pixels, nodata=0)
+
+    class Threshold(torch.nn.Module):
+        def forward(self, batch):
+            bright = batch["image"][:, :, :1].float() - 100
+            return torch.cat([-bright, bright], 2)
+
+    task = Threshold()
+    task.per_frame, task.device = True, torch.device("cpu")
+    expected = torch.from_numpy((pixels[:, 0] > 100).astype("uint8"))
+    expected[torch.from_numpy(pixels[:, 0] == 0)] = 255
+    for tile, overlap in ((96, 0), (32, 0), (40, 16)):
+        dataset = RasterSeries(tmp_path, tile=tile, stride=tile - overlap)
+        strips = list(predict_strips(task, dataset, 0, overlap))
+        assert [row for row, _ in strips] == sorted(row for row, _ in strips)
+        assert torch.equal(torch.cat([labels for _, labels in strips], 1), expected)
+
+
+def test_real_segmenter_never_gives_nan_where_nothing_is_valid(tmp_path):
+    pixels = frames(2, bands=2, height=32, width=64, dtype="uint8")
+    pixels[..., :32] = 0
+    write_rasters(tmp_path, ["2001", "2002"], pixels, nodata=0)
+    dataset = RasterSeries(tmp_path, tile=32, stride=32)
+    for per_frame in (False, True):
+        torch.manual_seed(0)
+        task = segmentation(per_frame=per_frame).eval()
+        ((_, labels),) = predict_strips(task, dataset, 0, 0)
+        assert labels.shape == (2 if per_frame else 1, 32, 64)
+        assert (labels[..., :32] == 255).all() and (labels[..., 32:] < 3).all()
+
+
+def test_change_codes():
+    first, last = torch.tensor([0, 0, 1, 1, 255, 0]), torch.tensor([0, 1, 0, 1, 1, 255])
+    assert change_codes(first, last, 2).tolist() == [0, 1, 2, 3, 255, 255]
+
+
+def test_pretraining_task_reads_raw_integers(tmp_path):
+    pixels = frames(3, bands=2, height=64, width=64, dtype="uint16")
+    write_rasters(tmp_path, ["2001", "2002", "2003"], pixels)
+    dataset = RasterSeries(tmp_path, tile=64)
+    data = SeriesData(dataset, batch_size=1)
+    options = SMALL | {"decoder_embed_dim": 16, "decoder_num_heads": 2, "decoder_depth": 1}
+    task = PretrainingTask(
+        dataset.bands, **data.normalisation(), model="timo_tiny", model_options=options
+    )
+    batch = next(iter(data.train_dataloader()))
+    assert batch["image"].dtype == torch.uint16
+    result = task(data.on_before_batch_transfer(batch, 0))
+    assert result.loss.isfinite() and result.pred.shape[1] == 9
+
+
+def test_water_labels_on_the_fly(tmp_path):
+    pixels = frames(1, bands=2, height=32, width=32, dtype="uint8")
+    write_tif(tmp_path / "2001.tif", pixels[0])
+    dataset = RasterSeries(tmp_path, bands=("Green", "SWIR1"), labels=open_water)
+    sample = dataset[0]
+    wet = sample["image"][:, 0].int() > sample["image"][:, 1].int()
+    assert torch.equal(sample["mask"], wet.long())
