@@ -84,3 +84,11 @@ def test_proven_records_have_evidence():
         for backend in op.backends.values():
             known = evidence.get((op.name.removesuffix("_backward"), backend.name), set())
             assert set(backend.proven) <= known, f"{op.name}: {backend.name}"
+
+
+def test_autocast_does_not_round_inside_an_op():
+    q, k, v = torch.randn(3, 1, 3, 20, 2, 16).unbind()
+    arguments = (q, k, v, q[:, 0], k[:, 0], q[..., 0].relu())
+    plain = timo.ops.gyroscope_attention(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(timo.ops.gyroscope_attention(*arguments), plain)

@@ -1,6 +1,7 @@
 """The `timo` operator library: schema, kernels, fake and autograd of an op in one call."""
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 
@@ -25,7 +26,7 @@ def define(
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _as_given(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"timo::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"timo::{name}", backward, setup_context=save, lib=LIBRARY)
@@ -39,3 +40,17 @@ def refuse_third_derivative(op: str) -> None:
             f"third derivatives of {op} are not implemented; take its second derivatives without "
             "create_graph=True"
         )
+
+
+def _as_given(run: Callable) -> Callable:
+    """`run` on the dtypes that it is given: under autocast its own products would be rounded."""
+
+    @wraps(run)
+    def call(*args):
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return run(*args)
+        with torch.autocast(device, enabled=False):
+            return run(*args)
+
+    return call
