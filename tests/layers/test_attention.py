@@ -78,6 +78,19 @@ def test_a_sample_without_a_valid_token_is_finite(kind):
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
+def test_no_softmax_without_a_key(monkeypatch):
+    """What a fully masked row gives differs between the kernels behind torch's attention."""
+    masks, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attention(q, k, v, attn_mask):
+        masks.append(attn_mask)
+        return real(q, k, v, attn_mask=attn_mask)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", attention)
+    layer_of("joint")(tokens(), 3, torch.tensor([[False] * 3, [True, False, False]]))
+    assert torch.equal(masks[0].sum(-1).flatten(), torch.tensor([21, 7]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_arguments_are_named(kind):
     layer = layer_of(kind)

@@ -223,7 +223,7 @@ class Exploit:
 def test_nothing_is_executed(tmp_path):
     torch.save({"model": state_of(model_of("encoder")), "args": Exploit()}, tmp_path / "a.pth")
     with open(tmp_path / "b.pth", "wb") as file:
-        pickle.dump(Exploit(), file)
+        pickle.dump(Exploit(), file, protocol=2)
     for name in "ab":
         with pytest.raises(ValueError, match=f"{name}.pth is damaged or holds more than tensors"):
             timo.load_checkpoint(model_of("encoder"), tmp_path / f"{name}.pth")
@@ -253,10 +253,18 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("timo.models.checkpoint.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        timo.save_checkpoint(model, path)
-    assert path.read_bytes() == content and [*tmp_path.iterdir()] == [path]
+    def refuse(source, target):
+        raise OSError("no rename")
+
+    for name, function, message in (
+        ("save_file", fail, "disk full"),
+        ("os.replace", refuse, "no rename"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"timo.models.checkpoint.{name}", function)
+            with pytest.raises(OSError, match=message):
+                timo.save_checkpoint(model_of("encoder", seed=1), path)
+        assert path.read_bytes() == content and [*tmp_path.iterdir()] == [path]
 
 
 def test_bad_paths_are_named(tmp_path):

@@ -7,6 +7,7 @@ from torch import nn
 
 from tests.models.build import build, clouds, series
 from tests.models.oracle import assert_same
+from timo.models.upernet import pool
 
 
 def model_of(**options):
@@ -57,6 +58,23 @@ def test_equals_a_plain_head(H, W, pool, training):
     got = model(frames)
     assert got.shape == ((2, 3, 4, H, W) if pool == "per_frame" else (2, 4, H, W))
     assert_same(got, expected)
+
+
+def test_pyramid_pooling_is_over_valid_positions():
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    valid = torch.rand(2, 4, 6) > 0.5
+    valid[0, :2, :3] = False
+    pooled, usable = pool(x.where(valid[:, None], torch.zeros_like(x)), valid, 2)
+    for b in range(2):
+        for i in range(2):
+            for j in range(2):
+                cell = (b, slice(None), slice(2 * i, 2 * i + 2), slice(3 * j, 3 * j + 3))
+                inside = valid[b, cell[2], cell[3]]
+                assert usable[b, i, j] == inside.any()
+                if inside.any():
+                    assert_same(pooled[b, :, i, j], x[cell][:, inside].mean(1))
+    assert not usable[0, 0, 0] and (pooled[0, :, 0, 0] == 0).all()
+    assert pool(x, None, 2)[1] is None
 
 
 @pytest.mark.parametrize("H, W", [(50, 37), (5, 7)])

@@ -18,6 +18,11 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
         output: as x.
     """
 
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def _check_input_dim(self, x: Tensor) -> None:
         if x.ndim < 2 or x.shape[1] != self.num_features:
             raise ValueError(

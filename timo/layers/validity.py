@@ -4,8 +4,18 @@ Everywhere below, `valid` is None (all usable), (B, T) for whole frames, or (B, 
 pixels or tokens of a map (specification: model.md §3). In pretraining, T counts mask units.
 """
 
+from typing import overload
+
 import torch
 from torch import Tensor
+
+
+@overload
+def pool_valid(valid: Tensor, factor: int) -> Tensor: ...
+
+
+@overload
+def pool_valid(valid: Tensor | None, factor: int) -> Tensor | None: ...
 
 
 def pool_valid(valid: Tensor | None, factor: int) -> Tensor | None:

@@ -1,5 +1,7 @@
 """Models by name."""
 
+from typing import Any
+
 from torch import nn
 
 from timo.models.classifier import Classifier
@@ -43,7 +45,7 @@ def create_model(
     options = resolve(name, task, in_chans, num_classes, overrides)
     config = {k: v for k, v in options.items() if k in OPTIONS[task]}
     shape = {k: options.pop(k) for k in [*options] if k in ENCODER_OPTIONS}
-    model = Encoder(in_chans, **shape)
+    model: Any = Encoder(in_chans, **shape)
     if task == "mae":
         model = MaskedAutoencoder(model, **options)
     elif task in HEADS:

@@ -1,6 +1,7 @@
 """The hierarchical encoder of satellite image time series."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,9 @@ class Stage(nn.Module):
     Shape of `forward`, which runs the blocks and the norm: (B, T, h, w, D) -> the same.
     """
 
-    def __init__(self, embed: nn.Module, blocks: Sequence[Block], dim: int):
+    def __init__(self, embed: Stem | PatchMerging, blocks: Sequence[Block], dim: int):
         super().__init__()
-        self.embed = embed
+        self.embed: Any = embed
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
@@ -47,6 +48,11 @@ class Encoder(nn.Module):
             valid date.
     """
 
+    stage1: Stage
+    stage2: Stage
+    stage3: Stage
+    stage4: Stage
+
     def __init__(
         self,
         in_chans: int,
@@ -66,7 +72,7 @@ class Encoder(nn.Module):
             rates = [drop_path_rate * k / max(total - 1, 1) for k in range(done, done + depths[i])]
             blocks = [Block(dim, num_heads[i], attention[i], rate, layer_scale) for rate in rates]
             embed = PatchMerging(embed_dims[i - 1], dim) if i else Stem(in_chans, dim)
-            self.add_module(f"stage{i + 1}", Stage(embed, blocks, dim))
+            setattr(self, f"stage{i + 1}", Stage(embed, blocks, dim))
             done += depths[i]
         self.apply(initialise)
 
@@ -117,13 +123,14 @@ class Encoder(nn.Module):
         for (tokens, usable), s in zip(self.run_stages(x, pool_valid(valid, 4)), STRIDES):
             h, w = -(-H // s), -(-W // s)
             maps.append(tokens[:, :, :h, :w].permute(0, 1, 4, 2, 3))
-            whole = usable is None or usable.ndim == 2
-            valids.append(usable if whole else usable[:, :, :h, :w])
+            if usable is not None and usable.ndim == 4:
+                usable = usable[:, :, :h, :w]
+            valids.append(usable)
         return maps, valids
 
     def time(self, frames: Tensor, dates: Tensor | None, valid: Tensor | None) -> Tensor:
         """Temporal positions of the frames: (T,) indices or (B, T) months."""
-        if self.temporal_position == "days":
+        if self.temporal_position == "days" and dates is not None:
             return months_since_first(dates, valid)
         return torch.arange(frames.shape[1], device=frames.device)
 
@@ -137,7 +144,7 @@ class Encoder(nn.Module):
         Returns:
             each stage's map (B, T, h_i, w_i, D_i), 0 where invalid, and its validity.
         """
-        out = []
+        out: list[tuple[Tensor, Tensor | None]] = []
         for stage in (self.stage1, self.stage2, self.stage3, self.stage4):
             if out:
                 x = stage.embed(x.flatten(0, 1)).unflatten(0, x.shape[:2])

@@ -1,7 +1,7 @@
 """The masked autoencoder: pretraining on a quarter of the 32×32 units."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +144,8 @@ class MaskedAutoencoder(nn.Module):
         B, T, _, H, W = frames.shape
         grid = (-(-H // UNIT), -(-W // UNIT))
         pixels = pad_valid(valid, frames)
-        usable = None if valid is None else unit_valid(pixels, grid)
+        # Padding alone leaves every unit a valid pixel.
+        usable = None if valid is None or pixels is None else unit_valid(pixels, grid)
         units = T * grid[0] * grid[1]
         if visible_ids is None:
             visible_ids = draw_units(frames, units, usable, mask_ratio, generator)
@@ -159,8 +160,8 @@ class MaskedAutoencoder(nn.Module):
                 )
         masked_ids = complement(visible_ids, units)
         time = encoder.time(frames, dates, valid)
-        values = dict(scale=scale, offset=offset, valid=valid)
-        seen = select_units(pixels, visible_ids, grid)
+        values: dict[str, Any] = dict(scale=scale, offset=offset, valid=valid)
+        seen = None if pixels is None else select_units(pixels, visible_ids, grid)
         if self.training and self.stem_statistics == "all":
             tokens = self._dense_stem(frames, visible_ids, pixels, grid, **values)
         else:
@@ -241,17 +242,15 @@ def unit_valid(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     return pool_valid(pixels, UNIT).flatten(1)
 
 
-def select_units(x: Tensor | None, ids: Tensor, grid: tuple[int, int]) -> Tensor | None:
+def select_units(x: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
     """The units `ids` of maps.
 
     Args:
-        x: None, (B, T), or (B, T, h, w, ...) where a unit is s×s entries.
+        x: (B, T), or (B, T, h, w, ...) where a unit is s×s entries.
 
     Returns:
-        None, (B, K), or (B, K, s, s, ...).
+        (B, K), or (B, K, s, s, ...).
     """
-    if x is None:
-        return None
     sample = torch.arange(len(ids), device=ids.device)[:, None]
     rows, columns = grid
     if x.ndim == 2:

@@ -58,39 +58,44 @@ class Segmenter(nn.Module):
             valids = [None if v is None else v.any(1, keepdim=True) for v in valids]
         x = self.upernet([x.flatten(0, 1) for x in maps], [per_map(v) for v in valids])
         if self.per_frame or self.temporal_pool == "encoder":
-            x = enlarge(x)
+            x = enlarge(x, STRIDES[0])
         else:
-            x = self._greatest_enlarged(x.unflatten(0, (B, T)), valids[0])
+            x = greatest(x.unflatten(0, (B, T)), valids[0], STRIDES[0])
         logits = self.classifier(self.dropout(x))[..., :H, :W]
         return logits.unflatten(0, (B, T)) if self.per_frame else logits
 
-    def _greatest_enlarged(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """Maximum over valid dates of the enlarged maps: (B, T, C, h, w) -> (B, C, 4h, 4w).
 
-        One date after the other, for at full resolution a map has up to 2048 channels.
-        """
-        lowest, best, known = torch.finfo(x.dtype).min, None, None
-        for t in range(x.shape[1]):
-            map_ = enlarge(x[:, t])
-            if valid is not None:
-                usable = valid[:, t, None, None, None] if valid.ndim == 2 else valid[:, t, None]
-                if valid.ndim == 4:
-                    usable = usable.repeat_interleave(4, 2).repeat_interleave(4, 3)
-                map_ = torch.where(usable, map_, lowest)
-                known = usable if known is None else known | usable
-            best = map_ if best is None else torch.maximum(best, map_)
-        return best if known is None else torch.where(known, best, 0)
+def enlarge(x: Tensor, factor: int) -> Tensor:
+    """Bilinear upsampling of (M, C, h, w)."""
+    if factor == 1:
+        return x
+    return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
-def enlarge(x: Tensor) -> Tensor:
-    """Bilinear upsampling of (M, C, h, w) from stride 4 to pixels."""
-    return F.interpolate(x, scale_factor=STRIDES[0], mode="bilinear", align_corners=False)
+def greatest(x: Tensor, valid: Tensor | None, factor: int = 1) -> Tensor:
+    """Maximum over valid dates of enlarged maps; 0 where there is none.
 
+    One date after the other, for at full resolution a map has up to 2048 channels.
 
-def greatest(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Maximum over valid dates, (B, T, C, h, w) -> (B, C, h, w); 0 where there is none."""
-    if valid is None:
-        return x.amax(1)
-    valid = valid[:, :, None] if valid.ndim == 4 else valid[:, :, None, None, None]
-    best = torch.where(valid, x, torch.finfo(x.dtype).min).amax(1)
-    return torch.where(valid.any(1), best, 0)
+    Args:
+        x: (B, T, C, h, w).
+        valid: None, (B, T) or (B, T, h, w) bool.
+        factor: of the enlargement, ahead of the maximum.
+
+    Returns:
+        (B, C, factor·h, factor·w).
+    """
+    usable = None
+    if valid is not None:
+        usable = valid[:, :, None] if valid.ndim == 4 else valid[:, :, None, None, None]
+        if valid.ndim == 4:
+            usable = usable.repeat_interleave(factor, 3).repeat_interleave(factor, 4)
+
+    def date(t: int) -> Tensor:
+        map_ = enlarge(x[:, t], factor)
+        return map_ if usable is None else torch.where(usable[:, t], map_, -torch.inf)
+
+    best = date(0)
+    for t in range(1, x.shape[1]):
+        best = torch.maximum(best, date(t))
+    return best if usable is None else torch.where(usable.any(1), best, 0)
