@@ -58,7 +58,7 @@ def demo(arguments: Sequence[str]) -> int:
 
     east = SeriesData(test=_open(root, EAST, labels=open_water), batch_size=2)
     scores = {}
-    for name, weights in (("pretrained", out / "pretraining" / MODEL), ("from scratch", None)):
+    for name, weights in (("pretrained", str(out / "pretraining" / MODEL)), ("from scratch", None)):
         run = out / name.replace(" ", "_")
         with _Step(f"fine-tuning, {name}", timings):
             seed_everything(1, workers=True, verbose=False)
