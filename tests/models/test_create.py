@@ -67,6 +67,13 @@ def test_initial_values():
     assert model.decoder.mask_token.std().item() == pytest.approx(0.02, rel=0.15)
 
 
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_first_predictions_favour_no_class(task):
+    torch.manual_seed(0)
+    model = timo.create_model("timo_tiny", task, num_classes=3)
+    assert model(torch.randn(1, 2, 3, 64, 64)).abs().max() < 5
+
+
 def test_config_rebuilds_the_model():
     options = dict(num_classes=3, temporal_pool="encoder", depths=[1, 1, 1, 1], layer_scale=1e-4)
     with torch.device("meta"):

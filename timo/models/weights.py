@@ -8,10 +8,11 @@ from torch import nn
 def initialise(module: nn.Module) -> None:
     """Initialise one module's own parameters; for `nn.Module.apply`.
 
-    Linear layers: truncated normal of standard deviation 0.02. Convolutions: normal by fan-out.
-    Biases 0; norms keep torch's 1 and 0.
+    Linear layers, and 1×1 convolutions, which are the same: truncated normal of standard deviation
+    0.02. Other convolutions: normal by fan-out. Biases 0; norms keep torch's 1 and 0.
     """
-    if isinstance(module, nn.Linear):
+    pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+    if isinstance(module, nn.Linear) or pointwise:
         nn.init.trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d):
         fan_out = math.prod(module.kernel_size) * module.out_channels
