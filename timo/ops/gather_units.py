@@ -5,7 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timo.ops import dispatch
-from timo.ops.checks import FLOATS, RAW, check_same, check_shape, check_tensor, check_valid
+from timo.ops.checks import (
+    FLOATS,
+    RAW,
+    check_same,
+    check_shape,
+    check_tensor,
+    check_valid,
+    dtype_name,
+)
 from timo.ops.dispatch import REFERENCE, Backend, Request
 from timo.ops.library import define
 
@@ -59,7 +67,7 @@ def gather_units(
     if dtype is None:
         dtype = frames.dtype if frames.is_floating_point() else torch.float32
     if dtype not in FLOATS:
-        raise TypeError(f"dtype is {dtype}; tiles must be of a floating dtype")
+        raise TypeError(f"dtype is {dtype_name(dtype)}; tiles must be of a floating dtype")
     wide = torch.float64 in (frames.dtype, dtype)
     scale = per_band("scale", scale, frames, wide)
     offset = per_band("offset", offset, frames, wide)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from timo.ops import dispatch
-from timo.ops.checks import FLOATS, RAW, check_shape, check_tensor
+from timo.ops.checks import FLOATS, RAW, check_same, check_shape, check_tensor
 from timo.ops.dispatch import REFERENCE, Backend, Request
 from timo.ops.gather_units import (
     check_id_values,
@@ -66,6 +66,7 @@ def masked_pixel_loss(
     check_unit(unit)
     check_tensor("pred", pred, "(B, M, C * unit * unit)")
     check_shape("pred", pred, (*masked_ids.shape, frames.shape[2] * unit**2), "masked_ids, frames")
+    check_same("pred", pred, "frames", frames, dtype=False)
     check_valid_frames(valid, frames)
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}; it must be one of {', '.join(NORMS)}")
