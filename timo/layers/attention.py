@@ -101,8 +101,7 @@ class GyroscopeAttention(JointAttention):
         k_median = ops.temporal_median(k, valid)[0]
         gate = self.gate(q - q_median.unsqueeze(1)).squeeze(-1)  # [B, T, N, H]
         gate = torch.relu(self.gate_norm(gate.reshape(-1, 1), self._entries(valid, gate)))
-        with torch.autocast(x.device.type, enabled=False):  # the op keeps float32 sums inside
-            out = ops.gyroscope_attention(q, k, v, q_median, k_median, gate.view(*grid, -1), valid)
+        out = ops.gyroscope_attention(q, k, v, q_median, k_median, gate.view(*grid, -1), valid)
         return self.proj(out.flatten(3).flatten(1, 2))
 
     @staticmethod
