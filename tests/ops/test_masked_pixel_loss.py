@@ -61,6 +61,15 @@ def make(case, kind, dtype, frames_dtype, seed):
     return pred, frames, ids, scale, offset, valid
 
 
+def check(got, exact, name=""):
+    """Parity; float64 sums of many pixels, in another order, must be exact to 1e-13."""
+    if got.dtype == torch.float64:
+        error = (got - exact).abs().max().item()
+        assert error <= 1e-13 * exact.abs().max().item(), f"{name}: error {error:.1e}"
+    else:
+        assert_close(got, exact, name=name)
+
+
 @pytest.mark.parametrize("backend, device, dtype", cases(FORWARD))
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,8 +100,8 @@ def test_parity(backend, device, dtype, kind, norm, poisoned):
             (grad,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, 0.75))
             assert grad.dtype == dtype
             name = f"{case} {kind} {norm} {frames_dtype}"
-            assert_close(loss.detach().cpu(), exact.detach(), name=name)
-            assert_close(grad.cpu(), exact_grad, name=f"gradient {name}")
+            check(loss.detach().cpu(), exact.detach(), name)
+            check(grad.cpu(), exact_grad, f"gradient {name}")
             assert torch.equal(leaf.detach(), kept), "the input was written to"
 
 
@@ -177,8 +186,8 @@ def test_compile():
             loss = run(leaf, frames, ids, scale=scale, offset=offset, valid=valid, norm="patch")
             (grad,) = torch.autograd.grad(loss, leaf)
         exact = loop(leaf, *args[1:], 32, "patch")
-        assert_close(loss.detach(), exact.detach())
-        assert_close(grad, *torch.autograd.grad(exact, leaf))
+        check(loss.detach(), exact.detach())
+        check(grad, *torch.autograd.grad(exact, leaf))
 
 
 class Layer(torch.nn.Module):
