@@ -20,6 +20,7 @@ from timo.kernels import temporal_median
 
 # Shared memory a block may use, bytes (CUDA programming guide, compute capabilities).
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
+ALIGNED = [["tt.divisibility", 16]]
 POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
 
 
@@ -49,12 +50,14 @@ def temporal_median_cases() -> Iterator[tuple]:
 def compile_one(kernel, signature, constants, warps, stages, capability) -> dict:
     names = list(signature)
     signature = signature | dict.fromkeys(constants, "constexpr")
-    # Pointers are 16-byte aligned at run time; without saying so vector loads are lost.
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if signature[name].startswith("*")
-    }
+    # Pointers are 16-byte aligned at run time, and strides in a tuple of i32 multiples of 16;
+    # without saying so vector loads are lost.
+    aligned = {}
+    for i, name in enumerate(names):
+        if isinstance(signature[name], tuple):
+            aligned |= {(i, j): ALIGNED for j, x in enumerate(signature[name]) if x == "i32"}
+        elif signature[name].startswith("*"):
+            aligned[(i,)] = ALIGNED
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(

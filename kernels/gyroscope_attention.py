@@ -1,0 +1,206 @@
+"""Gyroscope attention: launches of the forward and backward kernels.
+
+Memory beside inputs and results: with validity one copy of v; with validity by position a byte a
+query forward. Backward one series (do'), two numbers a query (three with validity by position),
+and a float32 dq_median and dk_median per tile of dates.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from timo.kernels import gyroscope_attention_config as config
+from timo.kernels.gyroscope_attention_backward import temporal_key_kernel, temporal_query_kernel
+from timo.kernels.gyroscope_attention_backward_spatial import (
+    spatial_key_kernel,
+    spatial_query_kernel,
+)
+from timo.kernels.gyroscope_attention_forward import (
+    BY_DATE,
+    BY_POSITION,
+    NONE,
+    spatial_kernel,
+    temporal_kernel,
+)
+
+
+def forward(q, k, v, q_median, k_median, gate, valid, scale) -> tuple[Tensor, Tensor, Tensor]:
+    """Out, lse and spatial_lse of `timo.ops.gyroscope_attention.reference`, on q's device."""
+    B, T, N, H, D = q.shape
+    q, k, v, q_median, k_median = map(near, (q, k, v, q_median, k_median))
+    out = torch.empty((B, T, N, H, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, T, N, H), dtype=torch.float32, device=q.device)
+    spatial = torch.empty((B, N, H), dtype=torch.float32, device=q.device)
+    kind, usable, seen, (v, q_median, k_median) = validity(valid, v, q_median, k_median)
+    tile = config.temporal_tile(T, D, 4096)
+    with torch.cuda.device_of(q):
+        temporal_kernel[(programs(N, tile["BP"], T, tile["TQ"], B * H),)](
+            q, k, v, usable, out, lse,
+            *map(Tensor.stride, (q, k, v, usable, out, lse)),
+            H, T, N, float(scale), HAS_VALID=kind != NONE.value, D=D, **tile,
+        )  # fmt: skip
+        far = lse
+        if kind == BY_POSITION.value:
+            far = torch.empty((B, T, N, H), dtype=torch.uint8, device=q.device)
+
+        def spatial_pass(dates, keys, own):
+            tile = config.forward_tile(dates, D, q.dtype, kind, capability(q))
+            TT = sum(tile.widths)
+            spatial_kernel[(programs(N, tile.queries, T, TT, B * H),)](
+                q_median, k_median, v, gate, usable, keys, out, lse, spatial, far,
+                *map(Tensor.stride, (q_median, k_median, v, gate, usable, keys, out, lse, spatial)),
+                H, T, N, float(scale),
+                VALIDITY=kind, OWN=own, LEAST=1 / most(q.dtype), LAZY=lazy(capability(q)),
+                PRECISION=precision(q.dtype),
+                D=D, DP=config.padded(D), BM=tile.queries, BN=tile.keys,
+                WIDTHS=tile.widths, TT=TT, TV=max(16, triton.next_power_of_2(TT)),
+                num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
+
+        spatial_pass(T, seen, own=False)
+        if kind == BY_POSITION.value:
+            spatial_pass(1, usable, own=True)
+    return out, lse, spatial
+
+
+def backward(
+    grad, q, k, v, q_median, k_median, gate, valid, scale, out, lse, spatial_lse
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, q_median, k_median and gate, on q's device."""
+    B, T, N, H, D = q.shape
+    q, k, v, q_median, k_median, grad = map(near, (q, k, v, q_median, k_median, grad))
+    out = out.contiguous()
+    kind, usable, seen, (v, q_median, k_median) = validity(valid, v, q_median, k_median)
+    dq, dk, dv, scaled = (
+        torch.empty((B, T, N, H, D), dtype=q.dtype, device=q.device) for _ in range(4)
+    )
+    dgate = torch.empty((B, T, N, H), dtype=gate.dtype, device=q.device)
+
+    def numbers():
+        """A number a query, positions adjacent."""
+        x = torch.empty((B, H, T, N), dtype=torch.float32, device=q.device)
+        return x.permute(0, 2, 3, 1)
+
+    delta, share = numbers(), numbers()
+    own = numbers() if kind == BY_POSITION.value else delta
+    tile = config.temporal_tile(T, D, 2048)
+    grid = (programs(N, tile["BP"], T, tile["TQ"], B * H),)
+    with torch.cuda.device_of(q):
+        temporal_query_kernel[grid](
+            grad, q, k, v, gate, usable, out, lse, spatial_lse,
+            dq, dgate, scaled, delta, share, own,
+            *map(Tensor.stride, (
+                grad, q, k, v, gate, usable, out, lse, spatial_lse, dgate, delta
+            )),
+            H, T, N, float(scale), VALIDITY=kind, MOST=most(q.dtype), D=D, **tile,
+        )  # fmt: skip
+        temporal_key_kernel[grid](
+            grad, q, k, v, usable, lse, delta, dk, dv,
+            *map(Tensor.stride, (grad, q, k, v, usable, lse, delta, dk)),
+            H, T, N, float(scale), HAS_VALID=kind != NONE.value, D=D, **tile,
+        )  # fmt: skip
+        constants = {
+            "VALIDITY": kind, "PRECISION": precision(q.dtype), "D": D, "DP": config.padded(D)
+        }  # fmt: skip
+
+        def spatial_pass(kernel, tile, block, tiles, own, *tensors):
+            kernel[(triton.cdiv(N, block) * tiles * B * H,)](
+                *tensors, *map(Tensor.stride, tensors), H, T, N, float(scale),
+                OWN=own, **constants, WIDTHS=tile.widths, TT=sum(tile.widths),
+                BM=tile.queries, BN=tile.keys,
+                num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
+
+        def slots(tile):
+            """A number a channel and tile of dates, added up in one order whatever runs first."""
+            tiles = triton.cdiv(T, sum(tile.widths))
+            return torch.empty((tiles, B, N, H, D), dtype=torch.float32, device=q.device)
+
+        shape = D, q.dtype, kind, capability(q)
+        inputs = q_median, k_median, v
+        shared = spatial_lse[:, None].expand(B, T, N, H)
+        tile = config.key_tile(T, *shape)
+        dk_slots = slots(tile)
+        spatial_pass(
+            spatial_key_kernel, tile, tile.keys, len(dk_slots), False,
+            *inputs, scaled, usable, shared, share, seen, dv, dk_slots,
+        )  # fmt: skip
+        tile = config.query_tile(T, *shape)
+        dq_slots = slots(tile)
+        spatial_pass(
+            spatial_query_kernel, tile, tile.queries, len(dq_slots), False,
+            *inputs, scaled, usable, seen, shared, share, dq_slots,
+        )  # fmt: skip
+        if kind == BY_POSITION.value:
+            some = own.isfinite().any(2).view(torch.uint8)
+            tile = config.key_tile(1, *shape)
+            spatial_pass(
+                spatial_key_kernel, tile, tile.keys, 1, True,
+                *inputs, grad, usable, own, delta, some, dv, dk_slots,
+            )  # fmt: skip
+            tile = config.query_tile(1, *shape)
+            spatial_pass(
+                spatial_query_kernel, tile, tile.queries, 1, True,
+                *inputs, grad, usable, usable, own, delta, dq_slots,
+            )  # fmt: skip
+    dk_median = dk_slots.sum(0)
+    if valid is not None:
+        dk_median = torch.where(seen[:, 0, :, None, None] != 0, dk_median, 0)
+    return dq, dk, dv, dq_slots.sum(0).to(q.dtype), dk_median.to(q.dtype), dgate
+
+
+def validity(valid: Tensor | None, v: Tensor, *medians: Tensor):
+    """Kind of validity, its bytes (B, T, N) by date and by position on any date, and v and the
+    medians with 0 where not valid: there they may hold NaN, which no weight of 0 cancels.
+    """
+    B, T, N = v.shape[:3]
+    if valid is None:
+        nothing = v.new_empty((1,), dtype=torch.uint8).expand(B, T, N)
+        return NONE.value, nothing, nothing, (v, *medians)
+    kind = (BY_DATE if valid.ndim == 2 else BY_POSITION).value
+    usable = valid if valid.ndim == 3 else valid[:, :, None].expand(B, T, N)
+    v = torch.where(usable[..., None, None], v, 0)
+    seen = usable.any(1)
+    clean = [torch.where(seen[..., None, None], x, 0) for x in medians]
+    seen = seen[:, None].expand(B, T, N)
+    return kind, usable.view(torch.uint8), seen.view(torch.uint8), (v, *clean)
+
+
+def most(dtype: torch.dtype) -> float:
+    """Weight of a date's own keys relative to the shared maximum at which it needs its own.
+
+    Its inverse must leave room for the smaller weights of that date: bfloat16 and float32 reach
+    2^-126, float16 2^-24. And do' is up to so many times the gradient, which float16 must hold.
+    """
+    return 2.0**6 if dtype == torch.float16 else 2.0**60
+
+
+def lazy(capability: int) -> bool:
+    """Whether forward rescales only when it must.
+
+    Not where sums lie in tensor memory: Triton 3.7 fails to compile the test for sm_100.
+    """
+    return capability // 10 != 10
+
+
+def precision(dtype: torch.dtype) -> str:
+    """tf32 where torch's own matrix products may use it, by set_float32_matmul_precision."""
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+def capability(x: Tensor) -> int:
+    """Compute capability as 90; 80 for CPU tensors, which the interpreter takes."""
+    if x.device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def programs(N: int, block: int, T: int, dates: int, heads: int) -> int:
+    return triton.cdiv(N, block) * triton.cdiv(T, dates) * heads
+
+
+def near(x: Tensor) -> Tensor:
+    """x with last stride 1 and positions so near that a block of 128 spans less than 2^31."""
+    return x if x.stride(-1) == 1 and x.stride(-3) < 2**24 else x.contiguous()

@@ -1,0 +1,292 @@
+"""Gyroscope attention, backward of the spatial part; gyroscope_attention_backward.py explains it.
+
+With validity by position every kernel is launched twice. The first launch weights all dates of a
+tile relative to the shared `spatial_lse` of a query. The second, OWN, computes the rows that the
+first had to leave out (finite in `reference`), a date at a time with its own reference and keys,
+and adds to what the first wrote.
+"""
+
+import triton
+import triton.language as tl
+
+from timo.kernels.gyroscope_attention_forward import (
+    BITS,
+    BY_POSITION,
+    date_columns,
+    place,
+)
+
+
+@triton.jit
+def spatial_key_kernel(
+    p_qm, p_km, p_v, p_do, p_valid, p_reference, p_delta, p_any, p_dv, p_dk,
+    qm_s, km_s, v_s, do_s, valid_s, reference_s, delta_s, any_s, dv_s, dk_s,
+    H, T, N, scale,
+    VALIDITY: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WIDTHS: tl.constexpr, TT: tl.constexpr,
+):  # fmt: skip
+    """One program: BN keys, TT dates (OWN: all dates in turn), loop over all queries.
+
+    Tiles are transposed (keys are rows), so that P^T is a left operand from registers. dk
+    (tiles, B, N, H, D) is float32, undefined at keys that are valid on no date. p_any (B, T, H):
+    whether a date has rows for the second launch.
+    """
+    tiles = tl.cdiv(T, TT)
+    if OWN:
+        block, tile, b, h = place(tl.cdiv(N, BN), 1, H)
+    else:
+        block, tile, b, h = place(tl.cdiv(N, BN), tiles, H)
+    first = (block * BN).to(tl.int64)
+    keys = block * BN + tl.arange(0, BN)
+    d = tl.arange(0, DP)
+    p_qm += b * qm_s[0] + h * qm_s[2]
+    p_km += b * km_s[0] + h * km_s[2] + first * km_s[1]
+    p_v += b * v_s[0] + h * v_s[3] + first * v_s[2]
+    p_do += b * do_s[0] + h * do_s[3]
+    p_dv += b * dv_s[0] + h * dv_s[3] + first * dv_s[2]
+    p_valid += b * valid_s[0] + keys.to(tl.int64) * valid_s[2]  # [BN]
+    p_reference += b * reference_s[0] + h * reference_s[3]
+    p_delta += b * delta_s[0] + h * delta_s[3]
+    m = (keys < N)[:, None] & (d < D)[None, :]
+    o = (tl.arange(0, BN) * km_s[1])[:, None] + d[None, :]
+    k = tl.load(p_km + o, mask=m, other=0.0)
+    dk = tl.zeros([BN, DP], tl.float32)
+    if OWN:
+        t = tile.to(tl.int64)  # 0, in 64 bits
+        for _ in range(T):
+            end = N * tl.load(p_any + b * any_s[0] + t * any_s[1] + h * any_s[2]).to(tl.int32)
+            dk = key_tile(
+                dk, k, t, end, block, p_qm, p_v, p_do, p_valid, p_reference, p_delta,
+                p_dv, qm_s, v_s, do_s, valid_s, reference_s, delta_s, dv_s, T, N, scale,
+                VALIDITY, OWN, PRECISION, D, DP, BM, BN, WIDTHS,
+            )  # fmt: skip
+            t += 1
+    else:
+        dk = key_tile(
+            dk, k, (tile * TT).to(tl.int64), N, block, p_qm, p_v, p_do, p_valid, p_reference,
+            p_delta, p_dv, qm_s, v_s, do_s, valid_s, reference_s, delta_s, dv_s, T, N, scale,
+            VALIDITY, OWN, PRECISION, D, DP, BM, BN, WIDTHS,
+        )  # fmt: skip
+    p_dk += tile * dk_s[0] + b * dk_s[1] + h * dk_s[3] + first * dk_s[2]
+    p_dk += (tl.arange(0, BN) * dk_s[2])[:, None] + d[None, :]
+    dk = dk * scale
+    if OWN:
+        dk += tl.load(p_dk, mask=m, other=0.0)
+    tl.store(p_dk, dk, mask=m)
+
+
+@triton.jit
+def key_tile(
+    dk, k, t0, end, block, p_qm, p_v, p_do, p_valid, p_reference, p_delta, p_dv,
+    qm_s, v_s, do_s, valid_s, reference_s, delta_s, dv_s, T, N, scale,
+    VALIDITY: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDTHS: tl.constexpr,
+):  # fmt: skip
+    """Adds the dates from t0 to dv in memory, and returns dk with theirs added."""
+    d = tl.arange(0, DP)
+    inside = block * BN + tl.arange(0, BN) < N
+    dv = ()
+    values = ()
+    t = t0
+    for i in tl.static_range(len(WIDTHS)):
+        dv = dv + (tl.zeros([BN, WIDTHS[i] * DP], tl.float32),)
+        p_t, m_t = date_columns(p_v, block * BN, t, v_s[1], v_s[2], T, N, BN, WIDTHS[i], D, DP)
+        values = values + (tl.load(p_t, mask=m_t, other=0.0),)
+        t += WIDTHS[i]
+    if OWN:
+        p_reference += t0 * reference_s[1]
+        usable = tl.load(p_valid + t0 * valid_s[1], mask=inside, other=0) != 0
+    o_q = (tl.arange(0, BM) * qm_s[1])[:, None] + d[None, :]
+    for start in tl.range(0, end, BM):
+        r = start + tl.arange(0, BM)
+        q = tl.load(p_qm + o_q, mask=(r < N)[:, None] & (d < D)[None, :], other=0.0)
+        p_qm += BM * qm_s[1]
+        o = r.to(tl.int64) * reference_s[2]
+        reference = tl.load(p_reference + o, mask=r < N, other=float("inf"))
+        e = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * BITS)
+        p = tl.exp2(e - reference[None, :])  # [BN, BM]
+        if OWN:
+            p = tl.where(usable[:, None], p, 0.0)
+        weights = p.to(k.dtype)
+        dp = tl.zeros([BN, BM], tl.float32)
+        sums = ()
+        s = t0
+        for i in tl.static_range(len(WIDTHS)):
+            p_s, m_s = date_columns(p_do, start, s, do_s[1], do_s[2], T, N, BM, WIDTHS[i], D, DP)
+            if OWN:  # elsewhere do may be anything
+                m_s = m_s & (reference < float("inf"))[:, None]
+            do = tl.load(p_s, mask=m_s, other=0.0)
+            sums = sums + (tl.dot(weights, do, dv[i], input_precision=PRECISION),)
+            dp = tl.dot(values[i], tl.trans(do), dp, input_precision=PRECISION)
+            p_r = p_delta + r.to(tl.int64) * delta_s[2]
+            if VALIDITY == BY_POSITION and not OWN:
+                dp = less_deltas(
+                    dp, p_r, r < N, p_valid, inside, s, delta_s[1], valid_s[1], T, True, WIDTHS[i]
+                )
+            else:
+                dp -= sum_of_dates(p_r, r < N, s, delta_s[1], T, BM, WIDTHS[i])[None, :]
+            s += WIDTHS[i]
+        dv = sums
+        p_do += BM * do_s[2]
+        dk = tl.dot((p * dp).to(q.dtype), q, dk, input_precision=PRECISION)
+    t = t0
+    for i in tl.static_range(len(WIDTHS)):
+        p_t, m_t = date_columns(p_dv, block * BN, t, dv_s[1], dv_s[2], T, N, BN, WIDTHS[i], D, DP)
+        total = tl.load(p_t, mask=m_t, other=0.0).to(tl.float32)
+        if VALIDITY == BY_POSITION and not OWN:
+            ok = date_bytes(p_valid, inside, t, valid_s[1], T, WIDTHS[i], DP)
+            total += tl.where(ok != 0, dv[i], 0.0)
+        else:
+            total += dv[i]
+        tl.debug_barrier()  # dv is read and overwritten; threads may hold copies
+        tl.store(p_t, total.to(p_dv.dtype.element_ty), mask=m_t)
+        t += WIDTHS[i]
+    return dk
+
+
+@triton.jit
+def sum_of_dates(p, m, t, stride_t, T, R: tl.constexpr, W: tl.constexpr):
+    """Sum of the numbers at dates t ... t + W - 1 of [R]."""
+    total = tl.zeros([R], tl.float32)
+    for j in tl.static_range(W):
+        total += tl.load(p + (t + j) * stride_t, mask=m & (t + j < T), other=0.0)
+    return total
+
+
+@triton.jit
+def less_deltas(
+    dp, p_delta, m, p_valid, m_k, t, delta_t, valid_t, T, KEYS_FIRST: tl.constexpr, W: tl.constexpr
+):
+    """dp less the numbers of queries [BM] at dates t ... t + W - 1, where a key [BN] is valid."""
+    for j in tl.static_range(W):
+        delta = tl.load(p_delta + (t + j) * delta_t, mask=m & (t + j < T), other=0.0)
+        usable = tl.load(p_valid + (t + j) * valid_t, mask=m_k & (t + j < T), other=0) != 0
+        if KEYS_FIRST:
+            dp -= tl.where(usable[:, None], delta[None, :], 0.0)
+        else:
+            dp -= tl.where(usable[None, :], delta[:, None], 0.0)
+    return dp
+
+
+@triton.jit
+def date_bytes(p_valid, inside, t, stride_t, T, W: tl.constexpr, DP: tl.constexpr):
+    """Validity of dates t ... t + W - 1 of positions p_valid [R], spread: [R, W * DP]."""
+    date = t + tl.arange(0, W * DP) // DP
+    return tl.load(
+        p_valid[:, None] + date[None, :] * stride_t,
+        mask=inside[:, None] & (date < T)[None, :],
+        other=0,
+    )
+
+
+@triton.jit
+def spatial_query_kernel(
+    p_qm, p_km, p_v, p_do, p_valid, p_seen, p_reference, p_delta, p_dq,
+    qm_s, km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, dq_s,
+    H, T, N, scale,
+    VALIDITY: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WIDTHS: tl.constexpr, TT: tl.constexpr,
+):  # fmt: skip
+    """One program: BM queries, TT dates (OWN: all dates in turn), loop over all keys.
+
+    dq (tiles, B, N, H, D) is float32. p_seen: keys that take part, (B, T, N); strided 0 over dates
+    in the first launch.
+    """
+    tiles = tl.cdiv(T, TT)
+    if OWN:
+        block, tile, b, h = place(tl.cdiv(N, BM), 1, H)
+    else:
+        block, tile, b, h = place(tl.cdiv(N, BM), tiles, H)
+    first = (block * BM).to(tl.int64)
+    rows = block * BM + tl.arange(0, BM)
+    d = tl.arange(0, DP)
+    p_qm += b * qm_s[0] + h * qm_s[2] + first * qm_s[1]
+    p_km += b * km_s[0] + h * km_s[2]
+    p_v += b * v_s[0] + h * v_s[3]
+    p_do += b * do_s[0] + h * do_s[3] + first * do_s[2]
+    p_valid += b * valid_s[0]
+    p_seen += b * seen_s[0]
+    p_reference += b * reference_s[0] + h * reference_s[3] + rows.to(tl.int64) * reference_s[2]
+    p_delta += b * delta_s[0] + h * delta_s[3] + rows.to(tl.int64) * delta_s[2]
+    m = (rows < N)[:, None] & (d < D)[None, :]
+    o = (tl.arange(0, BM) * qm_s[1])[:, None] + d[None, :]
+    q = tl.load(p_qm + o, mask=m, other=0.0)
+    dq = tl.zeros([BM, DP], tl.float32)
+    if OWN:
+        t = tile.to(tl.int64)  # 0, in 64 bits
+        for _ in range(T):
+            dq = query_tile(
+                dq, q, t, block, p_km, p_v, p_do, p_valid, p_seen, p_reference,
+                p_delta, km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, T, N, scale,
+                VALIDITY, OWN, PRECISION, D, DP, BM, BN, WIDTHS,
+            )  # fmt: skip
+            t += 1
+    else:
+        dq = query_tile(
+            dq, q, (tile * TT).to(tl.int64), block, p_km, p_v, p_do, p_valid, p_seen, p_reference,
+            p_delta, km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, T, N, scale,
+            VALIDITY, OWN, PRECISION, D, DP, BM, BN, WIDTHS,
+        )  # fmt: skip
+    p_dq += tile * dq_s[0] + b * dq_s[1] + h * dq_s[3] + first * dq_s[2]
+    p_dq += (tl.arange(0, BM) * dq_s[2])[:, None] + d[None, :]
+    dq = dq * scale
+    if OWN:
+        dq += tl.load(p_dq, mask=m, other=0.0)
+    tl.store(p_dq, dq, mask=m)
+
+
+@triton.jit
+def query_tile(
+    dq, q, t0, block, p_km, p_v, p_do, p_valid, p_seen, p_reference, p_delta,
+    km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, T, N, scale,
+    VALIDITY: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDTHS: tl.constexpr,
+):  # fmt: skip
+    """dq with the dates from t0 added."""
+    d = tl.arange(0, DP)
+    inside = block * BM + tl.arange(0, BM) < N
+    reference = tl.load(p_reference + t0 * reference_s[1], mask=inside, other=float("inf"))
+    end = N
+    if OWN:
+        end = tl.where(tl.min(reference, 0) < float("inf"), N, 0)
+    p_seen += t0 * seen_s[1]
+    own = ()
+    delta = tl.zeros([BM], tl.float32)
+    t = t0
+    for i in tl.static_range(len(WIDTHS)):
+        p_t, m_t = date_columns(p_do, block * BM, t, do_s[1], do_s[2], T, N, BM, WIDTHS[i], D, DP)
+        if OWN:  # elsewhere do may be anything
+            m_t = m_t & (reference < float("inf"))[:, None]
+        own = own + (tl.load(p_t, mask=m_t, other=0.0),)
+        delta += sum_of_dates(p_delta, inside, t, delta_s[1], T, BM, WIDTHS[i])
+        t += WIDTHS[i]
+    o_k = (tl.arange(0, BN) * km_s[1])[:, None] + d[None, :]
+    for start in tl.range(0, end, BN):
+        c = start + tl.arange(0, BN)
+        m_c = c < N
+        if VALIDITY == BY_POSITION:
+            m_c = tl.load(p_seen + c.to(tl.int64) * seen_s[2], mask=c < N, other=0) != 0
+        k = tl.load(p_km + o_k, mask=(c < N)[:, None] & (d < D)[None, :], other=0.0)
+        p_km += BN * km_s[1]
+        e = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * BITS)
+        # Without the mask a key beyond the end has energy 0, and its weight can be infinite.
+        p = tl.where(m_c[None, :], tl.exp2(e - reference[:, None]), 0.0)  # [BM, BN]
+        dp = tl.zeros([BM, BN], tl.float32)
+        s = t0
+        for i in tl.static_range(len(WIDTHS)):
+            p_s, m_s = date_columns(p_v, start, s, v_s[1], v_s[2], T, N, BN, WIDTHS[i], D, DP)
+            v = tl.load(p_s, mask=m_s, other=0.0)
+            dp = tl.dot(own[i], tl.trans(v), dp, input_precision=PRECISION)
+            if VALIDITY == BY_POSITION and not OWN:
+                p_c = p_valid + c.to(tl.int64) * valid_s[2]
+                dp = less_deltas(
+                    dp, p_delta, inside, p_c, c < N, s, delta_s[1], valid_s[1], T, False, WIDTHS[i]
+                )
+            s += WIDTHS[i]
+        if VALIDITY != BY_POSITION or OWN:
+            dp -= delta[:, None]
+        p_v += BN * v_s[2]
+        dq = tl.dot((p * dp).to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq

@@ -1,0 +1,275 @@
+"""Gyroscope attention, forward kernels (specification: gyroscope.md, Factored form).
+
+1. `temporal_kernel`: softmax over the other dates of a position. Leaves its normalised output in
+   `out` and its log-sum-exp in `lse`; bound by memory.
+2. `spatial_kernel`: the score tile and its exponentials once for all dates of a tile, whose values
+   ride along as columns of several accumulators. It merges what the first kernel left.
+
+Work of 2 per sample and head: 2 N² D (T + date tiles) FLOP and N² exponentials a date tile.
+All logarithms are to base 2. The last stride of series and medians is 1, the others are free.
+"""
+
+import triton
+import triton.language as tl
+
+BITS = tl.constexpr(1.4426950408889634)  # e ** x is 2 ** (BITS * x)
+NONE, BY_DATE, BY_POSITION = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # validity
+
+
+@triton.jit
+def place(blocks, tiles, H):
+    """Block of positions, tile of dates, sample and head of this program.
+
+    Blocks vary fastest: programs that run at one time share keys and values in L2.
+    """
+    i = tl.program_id(0)
+    block = i % blocks
+    i = i // blocks
+    tile = i % tiles
+    i = i // tiles
+    return block, tile, (i // H).to(tl.int64), (i % H).to(tl.int64)
+
+
+@triton.jit
+def date_columns(
+    p, start, t, stride_t, stride_n, T, N,
+    R: tl.constexpr, W: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Pointers and mask of [R, W * DP]: dates t ... t + W - 1 of R positions side by side.
+
+    p points at the first position, `start`. Offsets are 64-bit but within a block of positions,
+    where the launch keeps them below 2^31: 64-bit ones for every row cost registers that the
+    accumulators need.
+    """
+    r = tl.arange(0, R)
+    c = tl.arange(0, W * DP)
+    p += t * stride_t
+    m = (start + r < N)[:, None] & ((t + c // DP < T) & (c % DP < D))[None, :]
+    return p + (r * stride_n)[:, None] + ((c // DP).to(tl.int64) * stride_t + c % DP)[None, :], m
+
+
+@triton.jit
+def date_rows(n, t, stride_t, stride_n, T, N):
+    """Offsets and mask of [rows, dates] numbers."""
+    o = n.to(tl.int64)[:, None] * stride_n + t.to(tl.int64)[None, :] * stride_t
+    return o, (n < N)[:, None] & (t < T)[None, :]
+
+
+@triton.jit
+def spread(x, R: tl.constexpr, W: tl.constexpr, DP: tl.constexpr):
+    """[R, W], a number a date -> [R, W * DP]."""
+    return tl.reshape(tl.broadcast_to(x[:, :, None], [R, W, DP]), [R, W * DP])
+
+
+@triton.jit
+def pick(x, have, want):
+    """Columns `want` [W] of x [R, C], whose columns are numbered `have` [C]."""
+    return tl.sum(tl.where((have[:, None] == want[None, :])[None, :, :], x[:, :, None], 0.0), 1)
+
+
+@triton.jit
+def rescaled(accumulators, factor):
+    out = ()
+    for i in tl.static_range(len(accumulators)):
+        out = out + (accumulators[i] * factor[:, None],)
+    return out
+
+
+@triton.jit
+def temporal_kernel(
+    p_q, p_k, p_v, p_valid, p_out, p_lse,
+    q_s, k_s, v_s, valid_s, out_s, lse_s,
+    H, T, N, scale,
+    HAS_VALID: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, TQ: tl.constexpr,
+):  # fmt: skip
+    """One program: BP positions, TQ query dates, loop over all key dates.
+
+    fp32 multiply-adds: a T x T product per position is too small to fill tensor cores, and the
+    kernel waits for memory anyway.
+    """
+    block, tile, b, h = place(tl.cdiv(N, BP), tl.cdiv(T, TQ), H)
+    n = block * BP + tl.arange(0, BP)
+    t = tile * TQ + tl.arange(0, TQ)
+    d = tl.arange(0, DP)
+    p_k += b * k_s[0] + h * k_s[3] + n.to(tl.int64)[:, None] * k_s[2] + d[None, :]  # [BP, DP]
+    p_v += b * v_s[0] + h * v_s[3] + n.to(tl.int64)[:, None] * v_s[2] + d[None, :]
+    m_n = n < N
+    p_valid += b * valid_s[0]
+    o, m = date_rows(n, t, valid_s[1], valid_s[2], T, N)  # [BP, TQ]
+    live = m
+    if HAS_VALID:
+        live = tl.load(p_valid + o, mask=m, other=0) != 0
+    o, m = date_rows(n, t, q_s[1], q_s[2], T, N)
+    p_q += b * q_s[0] + h * q_s[3] + o[:, :, None] + d[None, None, :]
+    q = tl.load(p_q, mask=live[:, :, None] & (d < D)[None, None, :], other=0.0).to(tl.float32)
+
+    top = tl.full([BP, TQ], -1e30, tl.float32)
+    mass = tl.zeros([BP, TQ], tl.float32)
+    acc = tl.zeros([BP, TQ, DP], tl.float32)
+    p_valid += n.to(tl.int64) * valid_s[2]
+    for s in range(T):
+        m_s = m_n
+        if HAS_VALID:
+            m_s = m_n & (tl.load(p_valid, mask=m_n, other=0) != 0)
+            p_valid += valid_s[1]
+        k = tl.load(p_k, mask=m_s[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        v = tl.load(p_v, mask=m_s[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        p_k += k_s[1]
+        p_v += v_s[1]
+        e = tl.sum(q * k[:, None, :], 2) * (scale * BITS)
+        e = tl.where((t != s)[None, :] & m_s[:, None], e, float("-inf"))
+        new = tl.maximum(top, e)
+        factor = tl.exp2(top - new)
+        p = tl.exp2(e - new)
+        mass = mass * factor + p
+        acc = acc * factor[:, :, None] + p[:, :, None] * v[:, None, :]
+        top = new
+
+    acc = acc / tl.where(mass > 0.0, mass, 1.0)[:, :, None]
+    o, m = date_rows(n, t, out_s[1], out_s[2], T, N)
+    p_out += b * out_s[0] + h * out_s[3] + o[:, :, None] + d[None, None, :]
+    tl.store(p_out, acc.to(p_out.dtype.element_ty), mask=m[:, :, None] & (d < D)[None, None, :])
+    o, m = date_rows(n, t, lse_s[1], lse_s[2], T, N)
+    lse = tl.where(mass > 0.0, top + tl.log2(tl.where(mass > 0.0, mass, 1.0)), float("-inf"))
+    tl.store(p_lse + b * lse_s[0] + h * lse_s[3] + o, lse, mask=m)
+
+
+@triton.jit
+def spatial_kernel(
+    p_qm, p_km, p_v, p_gate, p_valid, p_seen, p_out, p_lse, p_spatial, p_far,
+    qm_s, km_s, v_s, gate_s, valid_s, seen_s, out_s, lse_s, spatial_s,
+    H, T, N, scale,
+    VALIDITY: tl.constexpr, OWN: tl.constexpr, LEAST: tl.constexpr, LAZY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WIDTHS: tl.constexpr, TT: tl.constexpr, TV: tl.constexpr,
+):  # fmt: skip
+    """One program: BM queries, TT = sum(WIDTHS) dates, all keys.
+
+    With validity by position a date may be unable to use the keys that hold the greatest energy.
+    Its mass relative to the shared maximum is then tiny: rows below LEAST are left alone and marked
+    in `far` (the strides of lse). A second launch, OWN, with one date a program and that date's
+    keys alone, computes the marked rows and nothing else.
+
+    p_seen: keys that take part, (B, T, N); strided 0 over dates in the first launch.
+    """
+    block, tile, b, h = place(tl.cdiv(N, BM), tl.cdiv(T, TT), H)
+    BY_MASS: tl.constexpr = VALIDITY == BY_POSITION and not OWN
+    t0 = (tile * TT).to(tl.int64)
+    n = block * BM + tl.arange(0, BM)
+    d = tl.arange(0, DP)
+    tv = t0 + tl.arange(0, TV)
+    p_qm += b * qm_s[0] + h * qm_s[2] + n.to(tl.int64)[:, None] * qm_s[1] + d[None, :]
+    p_km += b * km_s[0] + h * km_s[2]
+    p_v += b * v_s[0] + h * v_s[3]
+    p_gate += b * gate_s[0] + h * gate_s[3]
+    p_valid += b * valid_s[0]
+    p_seen += b * seen_s[0] + t0 * seen_s[1]
+    p_out += b * out_s[0] + h * out_s[3]
+    p_lse += b * lse_s[0] + h * lse_s[3]
+    p_far += b * lse_s[0] + h * lse_s[3]
+    q = tl.load(p_qm, mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+    end = N
+    if OWN:
+        o_far, m_far = date_rows(n, t0 + tl.arange(0, 1), lse_s[1], lse_s[2], T, N)
+        far = tl.load(p_far + o_far, mask=m_far, other=0).to(tl.int32)
+        end = tl.where(tl.max(tl.max(far, 1), 0) > 0, N, 0)
+
+    acc = ()
+    for i in tl.static_range(len(WIDTHS)):
+        acc = acc + (tl.zeros([BM, WIDTHS[i] * DP], tl.float32),)
+    top = tl.full([BM], -1e30, tl.float32)
+    mass = tl.zeros([BM], tl.float32)
+    date_mass = tl.zeros([BM, TV], tl.float32)
+    o_k = (tl.arange(0, BN) * km_s[1])[:, None] + d[None, :]
+    for start in tl.range(0, end, BN):
+        c = start + tl.arange(0, BN)
+        m_c = c < N
+        if VALIDITY == BY_POSITION:
+            m_c = tl.load(p_seen + c.to(tl.int64) * seen_s[2], mask=c < N, other=0) != 0
+        k = tl.load(p_km + o_k, mask=(c < N)[:, None] & (d < D)[None, :], other=0.0)
+        p_km += BN * km_s[1]
+        e = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * BITS)
+        e = tl.where(m_c[None, :], e, float("-inf"))
+        greatest = tl.max(e, 1)
+        # LAZY: the reference moves only where a row outgrew it by 2^8. Rescaling costs TT * D
+        # multiplications a row, and sums of numbers up to 2^8 are as exact as of numbers up to 1.
+        new = tl.maximum(greatest, top)
+        moves = True
+        if LAZY:
+            new = tl.where(greatest > top + 8.0, greatest, top)
+            moves = tl.max((new > top).to(tl.int32), 0) > 0
+        if moves:
+            factor = tl.exp2(top - new)
+            acc = rescaled(acc, factor)
+            mass = mass * factor
+            if BY_MASS:
+                date_mass = date_mass * factor[:, None]
+            top = new
+        p = tl.exp2(e - top[:, None])
+        mass += tl.sum(p, 1)
+        p = p.to(p_v.dtype.element_ty)
+        if BY_MASS:
+            o, m = date_rows(c, tv, valid_s[1], valid_s[2], T, N)
+            usable = tl.load(p_valid + o, mask=m, other=0).to(p_v.dtype.element_ty)
+            date_mass = tl.dot(p, usable, date_mass, input_precision=PRECISION)
+        t = t0
+        sums = ()
+        for i in tl.static_range(len(WIDTHS)):
+            p_t, m_t = date_columns(p_v, start, t, v_s[1], v_s[2], T, N, BN, WIDTHS[i], D, DP)
+            v = tl.load(p_t, mask=m_t, other=0.0)
+            sums = sums + (tl.dot(p, v, acc[i], input_precision=PRECISION),)
+            t += WIDTHS[i]
+        acc = sums
+        p_v += BN * v_s[2]
+
+    if not OWN:
+        if tile == 0:
+            spatial = top + tl.log2(mass)
+            if VALIDITY != NONE:
+                o = n.to(tl.int64) * seen_s[2]
+                seen = tl.load(p_seen + o, mask=n < N, other=0) != 0
+                spatial = tl.where(seen, spatial, float("inf"))
+            o = b * spatial_s[0] + h * spatial_s[2] + n.to(tl.int64) * spatial_s[1]
+            tl.store(p_spatial + o, spatial, mask=n < N)
+
+    t = t0
+    p_out += (block * BM).to(tl.int64) * out_s[2]
+    for i in tl.static_range(len(WIDTHS)):
+        tw = t + tl.arange(0, WIDTHS[i])
+        o, m = date_rows(n, tw, lse_s[1], lse_s[2], T, N)
+        own_mass = tl.broadcast_to(mass[:, None], [BM, WIDTHS[i]])
+        live = m
+        if VALIDITY != NONE:
+            o_valid, _ = date_rows(n, tw, valid_s[1], valid_s[2], T, N)
+            live = tl.load(p_valid + o_valid, mask=m, other=0) != 0
+        if OWN:
+            computes = tl.load(p_far + o, mask=m, other=0) != 0
+        elif BY_MASS:
+            own_mass = pick(date_mass, tv, tw)
+            computes = (own_mass >= LEAST) | (live == 0)
+            tl.store(p_far + o, (computes == 0).to(tl.uint8), mask=m)
+        o_gate, _ = date_rows(n, tw, gate_s[1], gate_s[2], T, N)
+        gate = tl.load(p_gate + o_gate, mask=live, other=0.0).to(tl.float32) * BITS
+        temporal = tl.load(p_lse + o, mask=m, other=float("-inf"))
+        greatest = tl.maximum(top[:, None] + gate, temporal)
+        share = tl.exp2(top[:, None] + gate - greatest)
+        rest = tl.exp2(temporal - greatest)
+        total = share * own_mass + rest
+        total = tl.where(live & (total > 0.0), total, 1.0)
+        lse = tl.where(live, greatest + tl.log2(total), float("inf"))
+        share = tl.where(live, share / total, 0.0)
+        rest = tl.where(live, rest / total, 0.0)
+        if VALIDITY == BY_POSITION:  # what the other launch computes stays as it is, bit for bit
+            lse = tl.where(computes, lse, temporal)
+            share = tl.where(computes, share, 0.0)
+            rest = tl.where(computes, rest, 1.0)
+        p_o, m_o = date_columns(
+            p_out, block * BM, t, out_s[1], out_s[2], T, N, BM, WIDTHS[i], D, DP
+        )
+        dates = tl.load(p_o, mask=m_o, other=0.0).to(tl.float32)
+        out = acc[i] * spread(share, BM, WIDTHS[i], DP) + dates * spread(rest, BM, WIDTHS[i], DP)
+        tl.debug_barrier()  # `out` and `lse` are read and overwritten; threads may hold copies
+        tl.store(p_o, out.to(p_out.dtype.element_ty), mask=m_o)
+        tl.store(p_lse + o, lse, mask=m)
+        t += WIDTHS[i]

@@ -1,0 +1,117 @@
+"""Shipped configurations of the gyroscope attention kernels, for tests/ahead_of_time.py."""
+
+import torch
+
+from timo.kernels import gyroscope_attention as launches
+from timo.kernels import gyroscope_attention_backward as backward
+from timo.kernels import gyroscope_attention_backward_spatial as spatial
+from timo.kernels import gyroscope_attention_config as config
+from timo.kernels import gyroscope_attention_forward as forward
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROW = ("i32",)  # strides in multiples of a padded head: aligned to 16
+SERIES = ROW * 5
+ANY = ("i64",)  # strides of validity, gate and logarithms
+
+
+def common(dtype: str, kind: int, head_dim: int) -> dict:
+    return {
+        "VALIDITY": kind, "PRECISION": launches.precision(DTYPES[dtype]),
+        "D": head_dim, "DP": config.padded(head_dim),
+    }  # fmt: skip
+
+
+def temporal_case(dtype, dates, head_dim, has_valid) -> tuple:
+    tile = config.temporal_tile(dates, head_dim, 4096)
+    x = f"*{dtype}"
+    signature = {
+        "p_q": x, "p_k": x, "p_v": x, "p_valid": "*u8", "p_out": x, "p_lse": "*fp32",
+        "q_s": SERIES, "k_s": SERIES, "v_s": SERIES, "valid_s": ANY * 3, "out_s": SERIES,
+        "lse_s": ANY * 4, "H": "i32", "T": "i32", "N": "i32", "scale": "fp32",
+    }  # fmt: skip
+    warps = tile.pop("num_warps")
+    constants = {"HAS_VALID": has_valid, "D": head_dim, **tile}
+    label = f"gyroscope temporal T={dates} D={head_dim} {dtype} valid={has_valid}"
+    return label, forward.temporal_kernel, signature, constants, warps, 3
+
+
+def spatial_case(dtype, dates, head_dim, kind, own, capability, tile=None) -> tuple:
+    tile = tile or config.forward_tile(dates, head_dim, DTYPES[dtype], kind, capability)
+    x = f"*{dtype}"
+    TT = sum(tile.widths)
+    signature = {
+        "p_qm": x, "p_km": x, "p_v": x, "p_gate": "*fp32", "p_valid": "*u8", "p_seen": "*u8",
+        "p_out": x, "p_lse": "*fp32", "p_spatial": "*fp32", "p_far": "*u8",
+        "qm_s": ROW * 4, "km_s": ROW * 4, "v_s": SERIES, "gate_s": ANY * 4, "valid_s": ANY * 3,
+        "seen_s": ANY * 3, "out_s": SERIES, "lse_s": ANY * 4, "spatial_s": ANY * 3,
+        "H": "i32", "T": "i32", "N": "i32", "scale": "fp32",
+    }  # fmt: skip
+    constants = common(dtype, kind, head_dim) | {
+        "OWN": own, "LEAST": 1 / launches.most(DTYPES[dtype]),
+        "LAZY": launches.lazy(capability), "BM": tile.queries, "BN": tile.keys,
+        "WIDTHS": tile.widths, "TT": TT, "TV": max(16, 1 << (TT - 1).bit_length()),
+    }  # fmt: skip
+    label = f"gyroscope spatial T={dates} D={head_dim} {dtype} validity={kind} own={own} {tile}"
+    return label, forward.spatial_kernel, signature, constants, tile.num_warps, tile.num_stages
+
+
+def temporal_backward_cases(dtype, dates, head_dim, kind) -> list[tuple]:
+    tile = config.temporal_tile(dates, head_dim, 2048)
+    warps = tile.pop("num_warps")
+    x = f"*{dtype}"
+    sizes = {"H": "i32", "T": "i32", "N": "i32", "scale": "fp32"}
+    label = f"T={dates} D={head_dim} {dtype} validity={kind}"
+    signature = {
+        "p_do": x, "p_q": x, "p_k": x, "p_v": x, "p_gate": "*fp32", "p_valid": "*u8", "p_out": x,
+        "p_lse": "*fp32", "p_spatial": "*fp32", "p_dq": x, "p_dgate": "*fp32", "p_scaled": x,
+        "p_delta": "*fp32", "p_share": "*fp32", "p_own": "*fp32",
+        "do_s": SERIES, "q_s": SERIES, "k_s": SERIES, "v_s": SERIES, "gate_s": ANY * 4,
+        "valid_s": ANY * 3, "out_s": SERIES, "lse_s": ANY * 4, "spatial_s": ANY * 3,
+        "dgate_s": ANY * 4, "delta_s": ANY * 4, **sizes,
+    }  # fmt: skip
+    constants = {"VALIDITY": kind, "MOST": launches.most(DTYPES[dtype]), "D": head_dim, **tile}
+    query = (
+        f"gyroscope temporal queries backward {label}", backward.temporal_query_kernel,
+        signature, constants, warps, 3,
+    )  # fmt: skip
+    signature = {
+        "p_do": x, "p_q": x, "p_k": x, "p_v": x, "p_valid": "*u8", "p_lse": "*fp32",
+        "p_delta": "*fp32", "p_dk": x, "p_dv": x,
+        "do_s": SERIES, "q_s": SERIES, "k_s": SERIES, "v_s": SERIES, "valid_s": ANY * 3,
+        "lse_s": ANY * 4, "delta_s": ANY * 4, "dk_s": SERIES, **sizes,
+    }  # fmt: skip
+    constants = {"HAS_VALID": kind != 0, "D": head_dim, **tile}
+    key = (
+        f"gyroscope temporal keys backward {label}", backward.temporal_key_kernel,
+        signature, constants, warps, 3,
+    )  # fmt: skip
+    return [query, key]
+
+
+def spatial_backward_case(dtype, dates, head_dim, kind, own, capability, keys, tile=None) -> tuple:
+    """Of `spatial_key_kernel` (keys) or `spatial_query_kernel`."""
+    choose = config.key_tile if keys else config.query_tile
+    tile = tile or choose(dates, head_dim, DTYPES[dtype], kind, capability)
+    x = f"*{dtype}"
+    signature = {"p_qm": x, "p_km": x, "p_v": x, "p_do": x, "p_valid": "*u8"}
+    strides = {
+        "qm_s": ROW * 4, "km_s": ROW * 4, "v_s": SERIES, "do_s": SERIES, "valid_s": ANY * 3
+    }  # fmt: skip
+    if keys:
+        signature |= {"p_reference": "*fp32", "p_delta": "*fp32", "p_any": "*u8"}
+        signature |= {"p_dv": x, "p_dk": "*fp32"}
+        strides |= {"reference_s": ANY * 4, "delta_s": ANY * 4, "any_s": ANY * 3}
+        strides |= {"dv_s": SERIES, "dk_s": SERIES}
+        kernel = spatial.spatial_key_kernel
+    else:
+        signature |= {"p_seen": "*u8", "p_reference": "*fp32", "p_delta": "*fp32", "p_dq": "*fp32"}
+        strides |= {"seen_s": ANY * 3, "reference_s": ANY * 4, "delta_s": ANY * 4, "dq_s": SERIES}
+        kernel = spatial.spatial_query_kernel
+    signature |= strides | {"H": "i32", "T": "i32", "N": "i32", "scale": "fp32"}
+    constants = common(dtype, kind, head_dim) | {
+        "OWN": own, "BM": tile.queries, "BN": tile.keys,
+        "WIDTHS": tile.widths, "TT": sum(tile.widths),
+    }  # fmt: skip
+    which = "keys" if keys else "queries"
+    label = f"gyroscope spatial {which} backward T={dates} D={head_dim} {dtype} validity={kind} "
+    return f"{label}own={own} {tile}", kernel, signature, constants, tile.num_warps, tile.num_stages
