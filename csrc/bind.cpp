@@ -18,6 +18,31 @@ static MedianArgs median_args(uintptr_t x, Sizes4 stride, uintptr_t valid, Sizes
           size[0], size[1], size[2], size[3], size[4]};
 }
 
+using Views = std::vector<std::pair<uintptr_t, Sizes4>>;
+
+static GyroscopeArgs gyroscope_args(const Views& views, uintptr_t valid, Sizes3 valid_stride,
+                                    const Sizes5& size, double scale, int dtype, int gate_dtype) {
+  GyroscopeArgs a{};
+  Strided* const fields[] = {&a.q, &a.k, &a.v, &a.q_median, &a.k_median, &a.gate,
+                             &a.out, &a.lse, &a.spatial_lse, &a.grad, &a.dq, &a.dk,
+                             &a.dv, &a.dq_median, &a.dk_median, &a.dgate};
+  for (size_t i = 0; i < views.size() && i < std::size(fields); ++i)
+    *fields[i] = {reinterpret_cast<void*>(views[i].first), views[i].second};
+  a.valid = reinterpret_cast<const uint8_t*>(valid), a.valid_stride = valid_stride;
+  a.B = size[0], a.T = size[1], a.N = size[2], a.H = size[3], a.D = size[4];
+  a.scale = scale;
+  a.dtype = static_cast<Dtype>(dtype), a.gate_dtype = static_cast<Dtype>(gate_dtype);
+  return a;
+}
+
+template <void (*run)(const GyroscopeArgs&)>
+static void gyroscope(const Views& views, uintptr_t valid, Sizes3 valid_stride, const Sizes5& size,
+                      double scale, int dtype, int gate_dtype) {
+  const auto a = gyroscope_args(views, valid, valid_stride, size, scale, dtype, gate_dtype);
+  py::gil_scoped_release unlocked;
+  run(a);
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of timo";
 #ifdef TIMO_CUDA
@@ -42,6 +67,8 @@ PYBIND11_MODULE(_C, m) {
                                        reinterpret_cast<const int64_t*>(indices),
                                        reinterpret_cast<void*>(out), bytes, B, T, channels);
         });
+  m.def("gyroscope_attention_cpu", &gyroscope<gyroscope_attention_cpu>);
+  m.def("gyroscope_attention_backward_cpu", &gyroscope<gyroscope_attention_backward_cpu>);
 #ifdef TIMO_CUDA
   m.def("temporal_median_cuda",
         [](uintptr_t x, Sizes4 stride, int dtype, uintptr_t valid, Sizes3 valid_stride,

@@ -31,6 +31,29 @@ void temporal_median_cpu(const MedianArgs& a, Dtype dtype);
 void temporal_median_backward_cpu(const void* grad, const int64_t* indices, void* out,
                                   int64_t bytes, int64_t B, int64_t T, int64_t channels);
 
+// A tensor (B, T, N, H, ...) by the strides of its first four dimensions; further ones are dense.
+struct Strided {
+  void* data;
+  Sizes4 stride;
+};
+
+// Gyroscope attention (gyroscope.md): q, k, v, grad, out and their gradients (B, T, N, H, D) of
+// `dtype` (float32, float16, bfloat16), medians the same with date stride 0; gate and dgate
+// (B, T, N, H) of `gate_dtype`; lse float32 of the same shape, spatial_lse with date stride 0, both
+// in base 2. D is a multiple of 8. valid (B, T, N) bytes with strides, or null.
+struct GyroscopeArgs {
+  Strided q, k, v, q_median, k_median, gate, out, lse, spatial_lse;
+  Strided grad, dq, dk, dv, dq_median, dk_median, dgate;  // of the backward alone
+  const uint8_t* valid;
+  Sizes3 valid_stride;
+  int64_t B, T, N, H, D;
+  double scale;
+  Dtype dtype, gate_dtype;
+};
+
+void gyroscope_attention_cpu(const GyroscopeArgs& a);
+void gyroscope_attention_backward_cpu(const GyroscopeArgs& a);
+
 // Each launches on `stream` of the current device, checks the launch and throws on an error.
 void temporal_median_cuda(const MedianArgs& a, Dtype dtype, void* stream);
 void temporal_median_backward_cuda(const void* grad, const int64_t* indices, void* out,

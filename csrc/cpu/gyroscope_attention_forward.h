@@ -1,0 +1,363 @@
+// Forward in float32. A task owns some queries of one sample and head, and some dates. Queries lie
+// in lanes, by panels; keys stream past in blocks that stay in L1:
+//   E[key][query] = keys . queries,  P = exp2(E - reference),
+//   S[date, channel][query] += values . P
+// Every lane's sums are formed in the order of its keys and nothing depends on its neighbours, so
+// results are the same for any number of threads, queries per task and dates per task.
+#pragma once
+#include "cpu/gyroscope_attention_kernel.h"
+
+namespace timo {
+namespace {
+
+constexpr int64_t key_block = 128;               // P of a block and panel: 24 KB with AVX-512
+constexpr int64_t sum_bytes = 5 << 18;           // of S per task, for L2
+constexpr int64_t forward_workspace = 56 << 20;  // of all threads
+
+// Sizes of a task: `dates` at once, of `queries` positions (whole panels).
+struct ForwardPlan {
+  int64_t dates, queries, columns, date_tiles, query_tiles;
+
+  ForwardPlan(const GyroscopeArgs& a, int64_t threads) {
+    const int64_t room = std::min(sum_bytes, forward_workspace / (2 * threads)) / 4;
+    dates = std::clamp<int64_t>(room / (4 * width * a.D), 1, a.T);
+    date_tiles = (a.T + dates - 1) / dates;
+    dates = (a.T + date_tiles - 1) / date_tiles;
+    columns = dates * a.D + (irregular(a) ? round_up(dates, rows) : 0);
+    const int64_t panels = (a.N + width - 1) / width;
+    const int64_t fitting = std::max<int64_t>(1, room / (columns * width));
+    query_tiles = (panels + fitting - 1) / fitting;
+    const int64_t others = a.B * a.H * date_tiles;
+    query_tiles = std::max(query_tiles, std::min(panels, (3 * threads + others - 1) / others));
+    queries = (panels + query_tiles - 1) / query_tiles * width;
+  }
+};
+
+// Sums over keys, for queries in lanes: S [panel][column][width]; the rest [panel][width].
+struct Sums {
+  float *S, *reference, *mass;
+};
+
+struct ForwardScratch {
+  Index *dates, *positions, *date_keys, *late, *late_at;
+  float *queries, *keys, *values, *P;
+  Sums sums, late_sums;
+  float *references;             // [panel][date][width], irregular validity only
+  float *q, *k, *v, *o, *weight, *live;  // of `finish`, see there
+  int64_t key_step, value_step;
+
+  ForwardScratch(const GyroscopeArgs& a, const ForwardPlan& plan, Carve& c) {
+    const int64_t late_queries = irregular(a) ? plan.queries : 0, D = a.D;
+    dates = c.take<Index>(a.T);
+    positions = c.take<Index>(a.N);
+    date_keys = c.take<Index>(irregular(a) ? a.N : 0);
+    late = c.take<Index>(late_queries);
+    late_at = c.take<Index>(late_queries);
+    key_step = row_stride(D), value_step = row_stride(plan.columns + lanes);
+    queries = c.take<float>(plan.queries * D);
+    keys = c.take<float>(key_block * key_step);
+    values = c.take<float>(key_block * value_step);
+    P = c.take<float>(key_block * width);
+    sums = {c.take<float>(plan.queries * plan.columns), c.take<float>(plan.queries),
+            c.take<float>(plan.queries)};
+    late_sums = {c.take<float>(late_queries * D), c.take<float>(late_queries),
+                 c.take<float>(late_queries)};
+    references = c.take<float>(late_queries * plan.dates);
+    q = c.take<float>(D * lanes);
+    k = c.take<float>(a.T * D * lanes);
+    v = c.take<float>(a.T * D * lanes);
+    o = c.take<float>(D * lanes);
+    weight = c.take<float>((a.T + 4) * lanes);
+    live = c.take<float>(a.T * lanes);
+  }
+};
+
+// P of a panel and a block of keys, and its row sums; false where a sum passes the limit.
+template <int NV>
+TIMO_INLINE bool weigh(const float* keys, int64_t key_step, int64_t count, const float* queries,
+                       int64_t D, const float* reference, float* P, F (&sum)[NV]) {
+  F ref[NV];
+#pragma GCC unroll 3
+  for (int j = 0; j < NV; ++j) sum[j] = F{}, ref[j] = Tier::load(reference + j * lanes);
+  for (int64_t m = 0; m < count; m += rows) {
+    F acc[rows][NV];
+    clear(acc);
+    product<Walk::along_rows, NV>(keys + m * key_step, key_step, queries, width, D, acc);
+    float* to = P + m * width;
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 3
+      for (int j = 0; j < NV; ++j) Tier::store(to + i * width + j * lanes, acc[i][j]);
+    const int64_t real = std::min<int64_t>(rows, count - m);
+    for (int64_t i = 0; i < real; ++i)
+#pragma GCC unroll 3
+      for (int j = 0; j < NV; ++j) {
+        float* p = to + i * width + j * lanes;
+        const F x = Tier::exp2(Tier::load(p) - ref[j]);
+        Tier::store(p, x);
+        sum[j] += x;
+      }
+  }
+  I over = {};
+  for (int j = 0; j < NV; ++j) over |= ~(I)(sum[j] <= sum_limit);
+  bool good = true;
+  for (int i = 0; i < lanes; ++i) good &= over[i] == 0;
+  return good;
+}
+
+// Greatest energy over a block of keys, from below `top`.
+template <int NV>
+inline void raise(const float* keys, int64_t key_step, int64_t count, const float* queries,
+                  int64_t D, F (&top)[NV]) {
+  for (int64_t m = 0; m < count; m += rows) {
+    F acc[rows][NV];
+    clear(acc);
+    product<Walk::along_rows, NV>(keys + m * key_step, key_step, queries, width, D, acc);
+    for (int64_t i = 0; i < std::min<int64_t>(rows, count - m); ++i)
+      for (int j = 0; j < NV; ++j) top[j] = larger(acc[i][j], top[j]);
+  }
+}
+
+// One panel against one block of keys. The reference comes from the first keys, without a running
+// maximum; lanes whose sum passes the limit take a new one, and what they have is rescaled.
+template <int NV>
+inline void step(const ForwardScratch& w, int64_t count, int64_t columns, int64_t D,
+                 const float* queries, bool first, float* S, float* reference, float* mass) {
+  F sum[NV], top[NV];
+  if (first) {
+    for (int j = 0; j < NV; ++j) top[j] = Tier::set(lowest);
+    raise<NV>(w.keys, w.key_step, std::min<int64_t>(count, rows), queries, D, top);
+    for (int j = 0; j < NV; ++j) Tier::store(reference + j * lanes, top[j]);
+  }
+  if (!weigh<NV>(w.keys, w.key_step, count, queries, D, reference, w.P, sum)) {
+    for (int j = 0; j < NV; ++j) top[j] = Tier::load(reference + j * lanes);
+    raise<NV>(w.keys, w.key_step, count, queries, D, top);
+    for (int j = 0; j < NV; ++j) {
+      const F old = Tier::load(reference + j * lanes);
+      const I keep = sum[j] <= sum_limit;
+      const F factor = keep ? Tier::set(1) : Tier::exp2(old - top[j]);
+      Tier::store(reference + j * lanes, keep ? old : top[j]);
+      Tier::store(mass + j * lanes, Tier::load(mass + j * lanes) * factor);
+      for (int64_t c = 0; c < columns; ++c) {
+        float* s = S + c * width + j * lanes;
+        Tier::store(s, Tier::load(s) * factor);
+      }
+    }
+    weigh<NV>(w.keys, w.key_step, count, queries, D, reference, w.P, sum);
+  }
+  for (int j = 0; j < NV; ++j)
+    Tier::store(mass + j * lanes, Tier::load(mass + j * lanes) + sum[j]);
+  for (int64_t c = 0; c < columns; c += rows)
+    add_product<Walk::across_rows, NV>(w.values + c, w.value_step, w.P, width, count, S + c * width,
+                                       width);
+}
+
+// Sums over `keys` for `queries` and `dates`; with `masks`, dates.count columns more: the mass of
+// the keys that each date can use.
+template <class Stored>
+void attend(const GyroscopeArgs& a, int64_t b, int64_t h, List queries, List keys, List dates,
+            bool masks, const ForwardScratch& w, const Sums& sums) {
+  const int64_t D = a.D, columns = dates.count * D + (masks ? round_up(dates.count, rows) : 0);
+  const float scale = energy_scale(a);
+  const int64_t panels = (queries.count + width - 1) / width;
+  for (int64_t i = 0; i < queries.count; i += lanes) {
+    const Stored* row[lanes];
+    point(a.q_median, b, 0, h, queries, i, row);
+    float* to = w.queries + i / width * D * width + i % width;
+    load_transposed(row, D, to, width);
+    for (int64_t d = 0; d < D; ++d)
+      Tier::store(to + d * width, Tier::load(to + d * width) * scale);
+  }
+  std::fill_n(sums.S, panels * columns * width, 0.f);
+  std::fill_n(sums.mass, panels * width, 0.f);
+  for (int64_t m0 = 0; m0 < keys.count; m0 += key_block) {
+    const int64_t count = std::min(key_block, keys.count - m0);
+    for (int64_t i = 0; i < round_up(count, rows); ++i) {
+      const int64_t m = keys.at[std::min(m0 + i, keys.count - 1)];
+      load_row(at<Stored>(a.k_median, b, 0, m, h), D, w.keys + i * w.key_step);
+      if (i >= count) continue;
+      float* to = w.values + i * w.value_step;
+      for (int64_t j = 0; j < dates.count; ++j)
+        if (!masks || usable(a, b, dates.at[j], m))
+          load_row(at<Stored>(a.v, b, dates.at[j], m, h), D, to + j * D);
+        else
+          std::fill_n(to + j * D, D, 0.f);
+      for (int64_t j = dates.count * D; j < columns; ++j) to[j] = 0;
+      for (int64_t j = 0; masks && j < dates.count; ++j)
+        to[dates.count * D + j] = usable(a, b, dates.at[j], m);
+    }
+    for (int64_t i = 0; i < panels; ++i) {
+      const auto run = queries.count - i * width > 2 * lanes ? step<3>
+                       : queries.count - i * width > lanes   ? step<2>
+                                                             : step<1>;
+      run(w, count, columns, D, w.queries + i * D * width, m0 == 0,
+          sums.S + i * columns * width, sums.reference + i * width, sums.mass + i * width);
+    }
+  }
+}
+
+// Queries whose usable keys hold next to nothing of a row's sum, date by date: once more, with
+// the keys of that date alone. Replaces their columns, mass and reference.
+template <class Stored>
+void attend_late(const GyroscopeArgs& a, int64_t b, int64_t h, List queries, List keys, List dates,
+                 const ForwardScratch& w) {
+  const int64_t D = a.D, columns = dates.count * D + round_up(dates.count, rows);
+  for (int64_t j = 0; j < dates.count; ++j) {
+    List late{w.late, 0};
+    for (int64_t i = 0; i < queries.count; ++i) {
+      const int64_t panel = i / width, lane = i % width;
+      w.references[(panel * dates.count + j) * width + lane] = w.sums.reference[i];
+      const float mass = w.sums.S[(panel * columns + dates.count * D + j) * width + lane];
+      if (mass >= mass_limit || !usable(a, b, dates.at[j], queries.at[i])) continue;
+      w.late[late.count] = queries.at[i];
+      w.late_at[late.count++] = static_cast<Index>(i);
+    }
+    if (late.count == 0) continue;
+    List own{w.date_keys, 0};
+    for (int64_t m = 0; m < keys.count; ++m)
+      if (usable(a, b, dates.at[j], keys.at[m])) w.date_keys[own.count++] = keys.at[m];
+    attend<Stored>(a, b, h, late, own, {dates.at + j, 1}, false, w, w.late_sums);
+    for (int64_t i = 0; i < late.count; ++i) {
+      const int64_t to = w.late_at[i], panel = to / width, lane = to % width;
+      float* S = w.sums.S + panel * columns * width + lane;
+      const float* from = w.late_sums.S + i / width * D * width + i % width;
+      for (int64_t d = 0; d < D; ++d) S[(j * D + d) * width] = from[d * width];
+      S[(dates.count * D + j) * width] = w.late_sums.mass[i];
+      w.references[(panel * dates.count + j) * width + lane] = w.late_sums.reference[i];
+    }
+  }
+}
+
+// Temporal part and merge for the vector of queries from `first` on, positions in lanes.
+// S, reference and mass are this vector's; those of date j lie j * date_step further. `logs` is
+// the logarithm of the spatial sum over all keys.
+template <class Stored>
+void finish(const GyroscopeArgs& a, int64_t b, int64_t h, List queries, int64_t first, List dates,
+            int64_t tile, int64_t tile_dates, const ForwardScratch& w, const float* S,
+            const float* reference, const float* mass, int64_t date_step, F logs) {
+  const int64_t D = a.D, count = std::min<int64_t>(lanes, queries.count - first);
+  const float scale = energy_scale(a);
+  const Stored* row[lanes];
+  const Index* position = queries.at + first;
+  for (int64_t s = 0; s < dates.count; ++s) {  // keys and values of all dates, 0 where not usable
+    for (int i = 0; i < lanes; ++i)
+      w.live[s * lanes + i] = i < count && usable(a, b, dates.at[s], position[i]);
+    for (int part = 0; part < 2; ++part) {
+      point(part ? a.v : a.k, b, dates.at[s], h, queries, first, row);
+      for (int i = 0; i < lanes; ++i)
+        if (w.live[s * lanes + i] == 0) row[i] = nullptr;
+      load_transposed(row, D, (part ? w.v : w.k) + s * D * lanes, lanes);
+    }
+  }
+  alignas(64) float text[lanes];
+  for (int64_t j = 0; j < tile_dates; ++j, reference += date_step, mass += date_step) {
+    const int64_t t = dates.at[tile + j];
+    const F here = Tier::load(w.live + (tile + j) * lanes);
+    point(a.q, b, t, h, queries, first, row);
+    for (int i = 0; i < lanes; ++i) {
+      const bool live = w.live[(tile + j) * lanes + i] != 0;
+      text[i] = live ? load_scalar(a.gate, a.gate_dtype, b, t, position[i], h) : 0;
+      if (!live) row[i] = nullptr;
+    }
+    load_transposed(row, D, w.q, lanes);
+    for (int64_t d = 0; d < D; ++d)
+      Tier::store(w.q + d * lanes, Tier::load(w.q + d * lanes) * scale);
+    const F sums = Tier::load(mass);
+    const F spatial = Tier::load(text) * static_cast<float>(log2e) + Tier::load(reference);
+    F top = spatial + log2(sums);
+    for (int64_t s = 0; s < dates.count; s += 4) {
+      const float* k[4];
+      for (int i = 0; i < 4; ++i) k[i] = w.k + std::min(s + i, dates.count - 1) * D * lanes;
+      F acc[4];
+      dot<4>(k, w.q, D, acc);
+      for (int64_t i = s; i < std::min(s + 4, dates.count); ++i) {
+        F energy = Tier::set(lowest);
+        if (i != tile + j)
+          energy = Tier::load(w.live + i * lanes) > 0.f ? acc[i - s] : energy;
+        Tier::store(w.weight + i * lanes, energy);
+        top = larger(energy, top);
+      }
+    }
+    const F share = Tier::exp2(spatial - top);
+    F sum = share * sums;
+    for (int64_t s = 0; s < dates.count; ++s) {
+      const F x = Tier::exp2(Tier::load(w.weight + s * lanes) - top);
+      Tier::store(w.weight + s * lanes, x);
+      sum += x;
+    }
+    const F inverse = 1.f / sum;
+    for (int64_t d = 0; d < D; d += 4) {
+      F acc[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) acc[i] = share * Tier::load(S + (j * D + d + i) * width);
+      for (int64_t s = 0; s < dates.count; ++s) {
+        const F x = Tier::load(w.weight + s * lanes);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) acc[i] += x * Tier::load(w.v + (s * D + d + i) * lanes);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) Tier::store(w.o + (d + i) * lanes, acc[i] * inverse);
+    }
+    Tier::store(text, top + log2(sum));
+    Stored* out[lanes];
+    for (int i = 0; i < lanes; ++i) {
+      out[i] = nullptr;
+      if (here[i] == 0) continue;
+      out[i] = at<Stored>(a.out, b, t, position[i], h);
+      *at<float>(a.lse, b, t, position[i], h) = text[i];
+    }
+    store_transposed(w.o, lanes, D, out);
+  }
+  if (tile > 0) return;
+  Tier::store(text, logs);
+  for (int64_t i = 0; i < count; ++i) *at<float>(a.spatial_lse, b, 0, position[i], h) = text[i];
+}
+
+template <class Stored>
+void forward_task(const GyroscopeArgs& a, const ForwardPlan& plan, const ForwardScratch& w,
+                  int64_t task) {
+  const int64_t h = task % a.H, tile = task / a.H % plan.date_tiles * plan.dates;
+  const int64_t part = task / (a.H * plan.date_tiles) % plan.query_tiles;
+  const int64_t b = task / (a.H * plan.date_tiles * plan.query_tiles);
+  const bool masks = irregular(a);
+  const List dates = list_dates(a, b, w.dates), keys = list_positions(a, b, w.positions);
+  const List own{dates.at + tile, std::min(plan.dates, dates.count - tile)};
+  const List queries{keys.at + part * plan.queries,
+                     std::min(plan.queries, keys.count - part * plan.queries)};
+  if (own.count <= 0 || queries.count <= 0) return;
+  attend<Stored>(a, b, h, queries, keys, own, masks, w, w.sums);
+  if (masks) attend_late<Stored>(a, b, h, queries, keys, own, w);
+  const int64_t columns = own.count * a.D + (masks ? round_up(own.count, rows) : 0);
+  for (int64_t i = 0; i < queries.count; i += lanes) {
+    const int64_t panel = i / width, lane = i % width;
+    const float* S = w.sums.S + panel * columns * width + lane;
+    const F logs = Tier::load(w.sums.reference + i) + log2(Tier::load(w.sums.mass + i));
+    const float* references = masks ? w.references + panel * own.count * width + lane
+                                    : w.sums.reference + i;
+    const float* mass = masks ? S + own.count * a.D * width : w.sums.mass + i;
+    finish<Stored>(a, b, h, queries, i, dates, tile, own.count, w, S, references, mass,
+                   masks ? width : 0, logs);
+  }
+}
+
+template <class Stored>
+void forward(const GyroscopeArgs& a) {
+  const ForwardPlan plan(a, omp_get_max_threads());
+  Carve need{nullptr};
+  (void)ForwardScratch(a, plan, need);
+  const int64_t threads =
+      std::clamp<int64_t>(forward_workspace / need.counted(), 1, omp_get_max_threads());
+  const Workspace space(threads, need.counted());
+  const int64_t tasks = a.B * a.H * plan.date_tiles * plan.query_tiles;
+  std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(threads)
+  {
+    const FlushDenormals flush;
+    Carve carve{space.part(omp_get_thread_num())};
+    const ForwardScratch w(a, plan, carve);
+    for (int64_t task; (task = next.fetch_add(1)) < tasks;) forward_task<Stored>(a, plan, w, task);
+  }
+}
+
+}  // namespace
+}  // namespace timo

@@ -1,0 +1,179 @@
+// Vectors and the one matrix product of the float32 kernels. Included by each instruction set
+// after its target pragma and its `Tier`, so everything here is compiled for that set:
+//   Tier::F               vector of Tier::lanes floats
+//   Tier::rows            rows of the register block, Tier::rows x 3 vectors
+//   Tier::fused           whether it has fused multiply-add
+//   Tier::load, store     float, and bfloat16 and float16 widened or rounded; any address
+//   Tier::exp2            2^x; 0 below the normal range, more than sum_limit above 2^60
+//   Tier::transpose       lanes x lanes
+#pragma once
+#define TIMO_INLINE inline __attribute__((always_inline))
+
+namespace timo {
+namespace {
+
+using F = Tier::F;
+constexpr int lanes = Tier::lanes, rows = Tier::rows;
+constexpr int64_t width = 3 * lanes;  // a panel: positions side by side in lanes
+
+typedef int32_t I __attribute__((vector_size(sizeof(F))));
+
+TIMO_INLINE F larger(F a, F b) { return a > b ? a : b; }
+
+// Logarithm to base 2 of positive normal numbers; infinity and NaN are returned.
+TIMO_INLINE F log2(F x) {
+  const I exponent = ((I)x - 0x3f3504f3) >> 23;     // so that the mantissa is near 1
+  const F mantissa = (F)((I)x - (exponent << 23));  // sqrt(1/2) to sqrt(2)
+  const F s = (mantissa - 1.f) / (mantissa + 1.f), y = s * s;
+  const F series = (((y * (1 / 9.f) + 1 / 7.f) * y + 1 / 5.f) * y + 1 / 3.f) * y + 1.f;
+  const F value = __builtin_convertvector(exponent, F) + s * series * static_cast<float>(2 * log2e);
+  return x < Tier::set(infinity) ? value : x;
+}
+
+// The first `count` of a vector's lanes; the others are 0 and not read.
+template <class Stored>
+TIMO_INLINE F load_part(const Stored* p, int64_t count) {
+  if (count >= lanes) return Tier::load(p);
+  alignas(64) float part[lanes] = {};
+  for (int64_t i = 0; i < count; ++i) part[i] = widen_flushed(p[i]);
+  return Tier::load(part);
+}
+
+template <class Stored>
+TIMO_INLINE void store_part(Stored* p, F x, int64_t count) {
+  if (count >= lanes) return Tier::store(p, x);
+  alignas(64) float part[lanes];
+  Tier::store(part, x);
+  for (int64_t i = 0; i < count; ++i) p[i] = narrow_to(part[i], Stored{});
+}
+
+// Rows of D channels, one per lane (null: zeros) -> to[d * step + lane].
+template <class Stored>
+inline void load_transposed(const Stored* const* row, int64_t D, float* to, int64_t step) {
+  for (int64_t d = 0; d < D; d += lanes) {
+    const int64_t count = std::min<int64_t>(lanes, D - d);
+    F r[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) r[i] = row[i] ? load_part(row[i] + d, count) : F{};
+    Tier::transpose(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i)
+      if (i < count) Tier::store(to + (d + i) * step, r[i]);
+  }
+}
+
+// from[d * step + lane] -> rows of D channels, one per lane; null rows are left out.
+template <class Stored>
+inline void store_transposed(const float* from, int64_t step, int64_t D, Stored* const* row) {
+  for (int64_t d = 0; d < D; d += lanes) {
+    const int64_t count = std::min<int64_t>(lanes, D - d);
+    F r[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) r[i] = i < count ? Tier::load(from + (d + i) * step) : F{};
+    Tier::transpose(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i)
+      if (row[i]) store_part(row[i] + d, r[i], count);
+  }
+}
+
+// A row of D channels in float32, padded with zeros to whole vectors.
+template <class Stored>
+TIMO_INLINE void load_row(const Stored* row, int64_t D, float* to) {
+  int64_t d = 0;
+  for (; d + lanes <= D; d += lanes) Tier::store(to + d, Tier::load(row + d));
+  if (d < D) Tier::store(to + d, load_part(row + d, D - d));
+}
+
+// Products of vectors of D channels with one other, in lanes: out[i] = x[i] . y. Sums of 8 channels
+// and of 32 are added up, which loses less than one long sum.
+template <int count>
+TIMO_INLINE void dot(const float* const* x, const float* y, int64_t D, F* out) {
+  for (int i = 0; i < count; ++i) out[i] = F{};
+  for (int64_t d1 = 0; d1 < D; d1 += 32) {
+    F group[count] = {};
+    for (int64_t d0 = d1; d0 < std::min(d1 + 32, D); d0 += 8) {
+      F acc[count] = {};
+      for (int64_t d = d0; d < d0 + 8; ++d)
+#pragma GCC unroll 4
+        for (int i = 0; i < count; ++i)
+          acc[i] += Tier::load(x[i] + d * lanes) * Tier::load(y + d * lanes);
+#pragma GCC unroll 4
+      for (int i = 0; i < count; ++i) group[i] += acc[i];
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) out[i] += group[i];
+  }
+}
+
+template <int NV>
+TIMO_INLINE void clear(F (&acc)[rows][NV]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < NV; ++j) acc[i][j] = F{};
+}
+
+enum class Walk { along_rows, across_rows };
+
+// acc[i] += sum over k < K of A[i, k] * b[k * b_step + lanes of vector j]: the register block of
+// every product here. `a` points to rows `a_step` apart: along them, A[i, k] = a[i * a_step + k];
+// across them, A[i, k] = a[k * a_step + i].
+template <Walk walk, int NV>
+TIMO_INLINE void long_product(const float* a, int64_t a_step, const float* b, int64_t b_step,
+                              int64_t K, F (&acc)[rows][NV]) {
+  for (int64_t k = 0; k < K; ++k, b += b_step) {
+    F y[NV];
+#pragma GCC unroll 3
+    for (int j = 0; j < NV; ++j) y[j] = Tier::load(b + j * lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      const F x = Tier::set(walk == Walk::along_rows ? a[i * a_step + k] : a[k * a_step + i]);
+#pragma GCC unroll 3
+      for (int j = 0; j < NV; ++j) acc[i][j] += x * y[j];
+    }
+  }
+}
+
+// The same; without fused multiply-add in shorter sums, which lose less.
+template <Walk walk, int NV>
+TIMO_INLINE void product(const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t K,
+                         F (&acc)[rows][NV]) {
+  if (Tier::fused || walk == Walk::across_rows)
+    return long_product<walk, NV>(a, a_step, b, b_step, K, acc);
+  for (int64_t k = 0; k < K; k += 8) {
+    F part[rows][NV] = {};
+    long_product<walk, NV>(a + k, a_step, b + k * b_step, b_step, std::min<int64_t>(8, K - k),
+                           part);
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < NV; ++j) acc[i][j] += part[i][j];
+  }
+}
+
+// c[i * c_step + ...] += the same, summed on its own first: shorter sums lose less.
+template <Walk walk, int NV>
+TIMO_INLINE void add_product(const float* a, int64_t a_step, const float* b, int64_t b_step,
+                             int64_t K, float* c, int64_t c_step) {
+  F acc[rows][NV];
+  clear(acc);
+  product<walk, NV>(a, a_step, b, b_step, K, acc);
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < NV; ++j) {
+      float* to = c + i * c_step + j * lanes;
+      Tier::store(to, Tier::load(to) + acc[i][j]);
+    }
+}
+
+// Positions of `list` from `first` on, one row pointer per lane; lanes past the end repeat the
+// last one.
+template <class Stored>
+TIMO_INLINE void point(const Strided& x, int64_t b, int64_t t, int64_t h, List list, int64_t first,
+                       const Stored** row) {
+  for (int i = 0; i < lanes; ++i)
+    row[i] = at<Stored>(x, b, t, list.at[std::min(first + i, list.count - 1)], h);
+}
+
+}  // namespace
+}  // namespace timo
