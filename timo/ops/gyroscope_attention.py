@@ -9,7 +9,7 @@ from torch import Tensor
 
 from timo.ops import dispatch, gyroscope_cpp
 from timo.ops.checks import FLOATS, check_same, check_shape, check_tensor, check_valid
-from timo.ops.dispatch import CPP, REFERENCE, Backend, Request
+from timo.ops.dispatch import CPP, REFERENCE, TRITON, Backend, Request
 from timo.ops.library import define, refuse_third_derivative
 
 # Elements of one block of energies in the reference. Its workspace is at most four such blocks in
@@ -307,6 +307,18 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _triton(*inputs):
+    from timo.kernels import gyroscope_attention as kernels
+
+    return kernels.forward(*inputs)
+
+
+def _triton_backward(*inputs):
+    from timo.kernels import gyroscope_attention as kernels
+
+    return kernels.backward(*inputs)
+
+
 def _request(q, *_, **__) -> Request:
     return Request(q.device, q.dtype, dates=q.shape[1], head_dim=q.shape[4])
 
@@ -317,17 +329,25 @@ def _request_backward(grad, *_, **__) -> Request:
 
 HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")
+TRITON_LIMITS = {
+    "devices": dispatch.triton_devices(),
+    "dtypes": (torch.float16, torch.bfloat16, torch.float32),
+    "head_dims": (1, 128),
+    "min_capability": (8, 0),
+}
 FORWARD = dispatch.register(
     "gyroscope_attention",
     _request,
     Backend(REFERENCE, reference, ANY_DEVICE, FLOATS),
     Backend(CPP, gyroscope_cpp.forward, ("cpu",), HALF_AND_SINGLE),
+    Backend(TRITON, _triton, **TRITON_LIMITS),
 )
 BACKWARD = dispatch.register(
     "gyroscope_attention_backward",
     _request_backward,
     Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
     Backend(CPP, gyroscope_cpp.backward, ("cpu",), HALF_AND_SINGLE),
+    Backend(TRITON, _triton_backward, **TRITON_LIMITS),
 )
 
 
