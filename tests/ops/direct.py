@@ -19,32 +19,51 @@ def direct(
     Arguments and result as for `timo.ops.gyroscope_attention`. Entries that are not valid never
     enter the arithmetic, so that autograd through it is an oracle for gradients too.
     """
-    B, T, N, H, D = q.shape
-    if valid is None:
-        valid = torch.ones(B, T, dtype=torch.bool, device=q.device)
-    usable = valid if valid.ndim == 3 else valid[:, :, None].expand(B, T, N)
+    T = q.shape[1]
+    usable = spread(valid, q)
+    scores = energies(q, k, q_median, k_median, gate, valid, scale)
+    # A query that is not valid gets energies 0, lest its softmax be 0 / 0; its output is 0.
+    live = usable[:, None, ..., None]  # [B, 1, T, N, 1]
+    scores = torch.where(live, scores, 0)
+    # Not softmax(): in low precision this errs as a backward pass that keeps the log-sum-exp.
+    weights = (scores - scores.logsumexp(-1, keepdim=True)).exp()
+    weights = torch.where(live, weights, 0)
+    values = torch.where(usable[..., None, None], v, 0)
+    out = torch.einsum("bhtns,bsnhd->btnhd", weights[..., :T], values)
+    return out + torch.einsum("bhtnm,btmhd->btnhd", weights[..., T:], values)
+
+
+def energies(
+    q: Tensor,
+    k: Tensor,
+    q_median: Tensor,
+    k_median: Tensor,
+    gate: Tensor,
+    valid: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Of all dates, then all positions: (B, H, T, N, T + N), -inf where a key is barred."""
+    B, T, N, H, _ = q.shape
+    usable = spread(valid, q)
+    q, k = (torch.where(usable[..., None, None], x, 0) for x in (q, k))
+    seen = usable.any(1)[..., None, None]
+    q_median, k_median = (torch.where(seen, x, 0) for x in (q_median, k_median))
+    gate = torch.where(usable[..., None], gate, 0).permute(0, 3, 1, 2)  # [B, H, T, N]
+
+    temporal = scale * torch.einsum("btnhd,bsnhd->bhtns", q, k)
     date = torch.arange(T, device=q.device)
-    samples = []
-    for b in range(B):
-        u = usable[b]
-        clean = [torch.where(u[:, :, None, None], x[b], 0) for x in (q, k, v)]
-        qs, ks, vs = (x.permute(2, 0, 1, 3) for x in clean)  # [H, T, N, D]
-        seen = u.any(0)[:, None, None]
-        qm, km = (torch.where(seen, x[b], 0).transpose(0, 1) for x in (q_median, k_median))
-        g = torch.where(u[:, :, None], gate[b], 0).permute(2, 0, 1)  # [H, T, N]
-        temporal = scale * torch.einsum("htnd,hsnd->htns", qs, ks)
-        allowed = (date[:, None] != date)[:, None, :] & u.mT[None]  # [T, N, T]
-        temporal = temporal.masked_fill(~allowed, -torch.inf)
-        spatial = scale * torch.einsum("hnd,hmd->hnm", qm, km)
-        spatial = spatial[:, None] + g[..., None]  # [H, T, N, N]
-        spatial = spatial.masked_fill(~u[:, None, :], -torch.inf)
-        energies = torch.cat([temporal, spatial], -1)
-        # A query that is not valid gets energies 0, lest its softmax be 0 / 0; its output is 0.
-        energies = torch.where(u[..., None], energies, 0)
-        # Not softmax(): in low precision this errs as a backward pass that keeps the log-sum-exp.
-        weights = (energies - energies.logsumexp(-1, keepdim=True)).exp()
-        weights = torch.where(u[..., None], weights, 0)
-        out = torch.einsum("htns,hsnd->htnd", weights[..., :T], vs)
-        out = out + torch.einsum("htnm,htmd->htnd", weights[..., T:], vs)
-        samples.append(out.permute(1, 2, 0, 3))
-    return torch.stack(samples)
+    other = (date[:, None] != date)[:, None, :]  # [T, 1, T]
+    allowed = other & usable.mT[:, None, None]  # [B, 1, T, N, T]
+    temporal = temporal.masked_fill(~allowed, -torch.inf)
+
+    spatial = scale * torch.einsum("bnhd,bmhd->bhnm", q_median, k_median)
+    spatial = spatial[:, :, None] + gate[..., None]  # [B, H, T, N, N]
+    spatial = spatial.masked_fill(~usable[:, None, :, None, :], -torch.inf)
+    return torch.cat([temporal, spatial], -1)
+
+
+def spread(valid: Tensor | None, q: Tensor) -> Tensor:
+    """Validity as (B, T, N), whatever was given."""
+    if valid is None:
+        return torch.ones(q.shape[:3], dtype=torch.bool, device=q.device)
+    return valid if valid.ndim == 3 else valid[:, :, None].expand(q.shape[:3])

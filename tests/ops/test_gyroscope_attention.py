@@ -1,5 +1,6 @@
 """gyroscope_attention: every backend against the direct form in float64."""
 
+import math
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import torch
 
 import timo
 from tests.ops.backends import cases, skip_reason
-from tests.ops.direct import direct
+from tests.ops.direct import direct, energies
 from tests.tolerance import assert_close
 from timo.ops import dispatch, gyroscope_attention
 from timo.ops.gyroscope_attention import BACKWARD, FORWARD
@@ -236,6 +237,24 @@ def test_one_date_is_spatial_attention():
     torch.testing.assert_close(got[0][:, 0], expected.transpose(1, 2), rtol=0, atol=1e-13)
     for name, x in zip(NAMES, got):
         assert name not in ("q", "k", "gate") or not x.any(), f"{name} has a gradient"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_kept_for_backward(kind):
+    """What another backend's backward may rely on: base 2, +inf where nothing is valid."""
+    shape = (2, 3, 9, 2, 16)
+    inputs, valid, _ = make(shape, kind, 22)
+    q, k, v, *rest = inputs
+    usable = spread(valid, shape)
+    scores = energies(q, k, *rest, valid, 0.8)  # [B, H, T, N, T + N]
+    lse = scores.logsumexp(-1).permute(0, 2, 3, 1)
+    lse = torch.where(usable[..., None], lse / math.log(2), torch.inf)
+    gates = rest[2].permute(0, 3, 1, 2)[..., None]
+    spatial = (scores[..., 3:] - gates).amax(2).logsumexp(-1).transpose(1, 2)  # any date
+    spatial = torch.where(usable.any(1)[..., None], spatial / math.log(2), torch.inf)
+    _, *got = torch.ops.timo.gyroscope_attention(*inputs, valid, 0.8, "reference")
+    for x, y in zip(got, (lse, spatial)):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
 
 
 def test_block_size_does_not_matter(small_blocks):
