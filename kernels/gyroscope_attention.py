@@ -44,7 +44,9 @@ def forward(q, k, v, q_median, k_median, gate, valid, scale) -> tuple[Tensor, Te
             far = torch.empty((B, T, N, H), dtype=torch.uint8, device=q.device)
 
         def spatial_pass(dates, keys, own):
-            tile = config.forward_tile(dates, D, q.dtype, kind, capability(q))
+            tile = config.tile(
+                "forward", dates, D, q.dtype, kind == BY_POSITION.value, capability(q)
+            )
             TT = sum(tile.widths)
             spatial_kernel[(programs(N, tile.queries, T, TT, B * H),)](
                 q_median, k_median, v, gate, usable, keys, out, lse, spatial, far,
@@ -116,29 +118,35 @@ def backward(
             tiles = triton.cdiv(T, sum(tile.widths))
             return torch.empty((tiles, B, N, H, D), dtype=torch.float32, device=q.device)
 
-        shape = D, q.dtype, kind, capability(q)
+        def of_tiles(share, tile):
+            """Sums over the dates of a tile, where all dates have the same keys."""
+            if kind == BY_POSITION.value:
+                return share
+            return torch.stack([x.sum(1) for x in share.split(sum(tile.widths), 1)], 1)
+
+        shape = D, q.dtype, kind == BY_POSITION.value, capability(q)
         inputs = q_median, k_median, v
         shared = spatial_lse[:, None].expand(B, T, N, H)
-        tile = config.key_tile(T, *shape)
+        tile = config.tile("keys", T, *shape)
         dk_slots = slots(tile)
         spatial_pass(
             spatial_key_kernel, tile, tile.keys, len(dk_slots), False,
-            *inputs, scaled, usable, shared, share, seen, dv, dk_slots,
+            *inputs, scaled, usable, shared, of_tiles(share, tile), seen, dv, dk_slots,
         )  # fmt: skip
-        tile = config.query_tile(T, *shape)
+        tile = config.tile("queries", T, *shape)
         dq_slots = slots(tile)
         spatial_pass(
             spatial_query_kernel, tile, tile.queries, len(dq_slots), False,
-            *inputs, scaled, usable, seen, shared, share, dq_slots,
+            *inputs, scaled, usable, seen, shared, of_tiles(share, tile), dq_slots,
         )  # fmt: skip
         if kind == BY_POSITION.value:
             some = own.isfinite().any(2).view(torch.uint8)
-            tile = config.key_tile(1, *shape)
+            tile = config.tile("keys", 1, *shape)
             spatial_pass(
                 spatial_key_kernel, tile, tile.keys, 1, True,
                 *inputs, grad, usable, own, delta, some, dv, dk_slots,
             )  # fmt: skip
-            tile = config.query_tile(1, *shape)
+            tile = config.tile("queries", 1, *shape)
             spatial_pass(
                 spatial_query_kernel, tile, tile.queries, 1, True,
                 *inputs, grad, usable, usable, own, delta, dq_slots,

@@ -4,6 +4,8 @@ With validity by position every kernel is launched twice. The first launch weigh
 tile relative to the shared `spatial_lse` of a query. The second, OWN, computes the rows that the
 first had to leave out (finite in `reference`), a date at a time with its own reference and keys,
 and adds to what the first wrote.
+
+p_delta holds (B, T, N, H) numbers with validity by position, else their sums (B, tiles, N, H).
 """
 
 import triton
@@ -59,14 +61,14 @@ def spatial_key_kernel(
             dk = key_tile(
                 dk, k, t, end, block, p_qm, p_v, p_do, p_valid, p_reference, p_delta,
                 p_dv, qm_s, v_s, do_s, valid_s, reference_s, delta_s, dv_s, T, N, scale,
-                VALIDITY, OWN, PRECISION, D, DP, BM, BN, WIDTHS,
+                VALIDITY, OWN, PRECISION, D, DP, BM, BN, WIDTHS, TT,
             )  # fmt: skip
             t += 1
     else:
         dk = key_tile(
-            dk, k, (tile * TT).to(tl.int64), N, block, p_qm, p_v, p_do, p_valid, p_reference,
+            dk, k, tile.to(tl.int64), N, block, p_qm, p_v, p_do, p_valid, p_reference,
             p_delta, p_dv, qm_s, v_s, do_s, valid_s, reference_s, delta_s, dv_s, T, N, scale,
-            VALIDITY, OWN, PRECISION, D, DP, BM, BN, WIDTHS,
+            VALIDITY, OWN, PRECISION, D, DP, BM, BN, WIDTHS, TT,
         )  # fmt: skip
     p_dk += tile * dk_s[0] + b * dk_s[1] + h * dk_s[3] + first * dk_s[2]
     p_dk += (tl.arange(0, BN) * dk_s[2])[:, None] + d[None, :]
@@ -78,12 +80,14 @@ def spatial_key_kernel(
 
 @triton.jit
 def key_tile(
-    dk, k, t0, end, block, p_qm, p_v, p_do, p_valid, p_reference, p_delta, p_dv,
+    dk, k, tile, end, block, p_qm, p_v, p_do, p_valid, p_reference, p_delta, p_dv,
     qm_s, v_s, do_s, valid_s, reference_s, delta_s, dv_s, T, N, scale,
     VALIDITY: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDTHS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WIDTHS: tl.constexpr, TT: tl.constexpr,
 ):  # fmt: skip
-    """Adds the dates from t0 to dv in memory, and returns dk with theirs added."""
+    """Adds the dates of a tile to dv in memory, and returns dk with theirs added."""
+    t0 = tile * TT
     d = tl.arange(0, DP)
     inside = block * BN + tl.arange(0, BN) < N
     dv = ()
@@ -119,16 +123,17 @@ def key_tile(
             do = tl.load(p_s, mask=m_s, other=0.0)
             sums = sums + (tl.dot(weights, do, dv[i], input_precision=PRECISION),)
             dp = tl.dot(values[i], tl.trans(do), dp, input_precision=PRECISION)
-            p_r = p_delta + r.to(tl.int64) * delta_s[2]
             if VALIDITY == BY_POSITION and not OWN:
                 dp = less_deltas(
-                    dp, p_r, r < N, p_valid, inside, s, delta_s[1], valid_s[1], T, True, WIDTHS[i]
-                )
-            else:
-                dp -= sum_of_dates(p_r, r < N, s, delta_s[1], T, BM, WIDTHS[i])[None, :]
+                    dp, p_delta + r.to(tl.int64) * delta_s[2], r < N, p_valid, inside,
+                    s, delta_s[1], valid_s[1], T, True, WIDTHS[i],
+                )  # fmt: skip
             s += WIDTHS[i]
         dv = sums
         p_do += BM * do_s[2]
+        if VALIDITY != BY_POSITION or OWN:
+            o = r.to(tl.int64) * delta_s[2] + tile * delta_s[1]
+            dp -= tl.load(p_delta + o, mask=r < N, other=0.0)[None, :]
         dk = tl.dot((p * dp).to(q.dtype), q, dk, input_precision=PRECISION)
     t = t0
     for i in tl.static_range(len(WIDTHS)):
@@ -143,15 +148,6 @@ def key_tile(
         tl.store(p_t, total.to(p_dv.dtype.element_ty), mask=m_t)
         t += WIDTHS[i]
     return dk
-
-
-@triton.jit
-def sum_of_dates(p, m, t, stride_t, T, R: tl.constexpr, W: tl.constexpr):
-    """Sum of the numbers at dates t ... t + W - 1 of [R]."""
-    total = tl.zeros([R], tl.float32)
-    for j in tl.static_range(W):
-        total += tl.load(p + (t + j) * stride_t, mask=m & (t + j < T), other=0.0)
-    return total
 
 
 @triton.jit
@@ -220,14 +216,14 @@ def spatial_query_kernel(
             dq = query_tile(
                 dq, q, t, block, p_km, p_v, p_do, p_valid, p_seen, p_reference,
                 p_delta, km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, T, N, scale,
-                VALIDITY, OWN, PRECISION, D, DP, BM, BN, WIDTHS,
+                VALIDITY, OWN, PRECISION, D, DP, BM, BN, WIDTHS, TT,
             )  # fmt: skip
             t += 1
     else:
         dq = query_tile(
-            dq, q, (tile * TT).to(tl.int64), block, p_km, p_v, p_do, p_valid, p_seen, p_reference,
+            dq, q, tile.to(tl.int64), block, p_km, p_v, p_do, p_valid, p_seen, p_reference,
             p_delta, km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, T, N, scale,
-            VALIDITY, OWN, PRECISION, D, DP, BM, BN, WIDTHS,
+            VALIDITY, OWN, PRECISION, D, DP, BM, BN, WIDTHS, TT,
         )  # fmt: skip
     p_dq += tile * dq_s[0] + b * dq_s[1] + h * dq_s[3] + first * dq_s[2]
     p_dq += (tl.arange(0, BM) * dq_s[2])[:, None] + d[None, :]
@@ -239,12 +235,14 @@ def spatial_query_kernel(
 
 @triton.jit
 def query_tile(
-    dq, q, t0, block, p_km, p_v, p_do, p_valid, p_seen, p_reference, p_delta,
+    dq, q, tile, block, p_km, p_v, p_do, p_valid, p_seen, p_reference, p_delta,
     km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, T, N, scale,
     VALIDITY: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDTHS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WIDTHS: tl.constexpr, TT: tl.constexpr,
 ):  # fmt: skip
-    """dq with the dates from t0 added."""
+    """dq with the dates of a tile added."""
+    t0 = tile * TT
     d = tl.arange(0, DP)
     inside = block * BM + tl.arange(0, BM) < N
     reference = tl.load(p_reference + t0 * reference_s[1], mask=inside, other=float("inf"))
@@ -253,15 +251,15 @@ def query_tile(
         end = tl.where(tl.min(reference, 0) < float("inf"), N, 0)
     p_seen += t0 * seen_s[1]
     own = ()
-    delta = tl.zeros([BM], tl.float32)
     t = t0
     for i in tl.static_range(len(WIDTHS)):
         p_t, m_t = date_columns(p_do, block * BM, t, do_s[1], do_s[2], T, N, BM, WIDTHS[i], D, DP)
         if OWN:  # elsewhere do may be anything
             m_t = m_t & (reference < float("inf"))[:, None]
         own = own + (tl.load(p_t, mask=m_t, other=0.0),)
-        delta += sum_of_dates(p_delta, inside, t, delta_s[1], T, BM, WIDTHS[i])
         t += WIDTHS[i]
+    if VALIDITY != BY_POSITION or OWN:
+        delta = tl.load(p_delta + tile * delta_s[1], mask=inside, other=0.0)
     o_k = (tl.arange(0, BN) * km_s[1])[:, None] + d[None, :]
     for start in tl.range(0, end, BN):
         c = start + tl.arange(0, BN)

@@ -20,9 +20,46 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# (kernel, kind of number) -> capability -> columns of accumulators a pass holds (dates * padded
-# head dimension), queries, keys, warps, stages; the first line of the greatest capability that is
-# not above the device's and whose head dimension is not below the shape's.
+# Kernel, head dimension above 64 -> columns of accumulators that a pass holds (dates times padded
+# head dimension), queries, keys, warps and stages, of 16-bit numbers: first where all dates have
+# the same keys, then with validity by position, whose masks take registers.
+AMPERE = {
+    ("forward", False): ((192, 128, 32, 8, 3), (128, 128, 32, 8, 2)),
+    ("forward", True): ((128, 128, 32, 8, 3), (128, 128, 32, 8, 3)),
+    ("keys", False): ((64, 32, 128, 8, 2), (64, 32, 128, 8, 2)),
+    ("keys", True): ((128, 16, 128, 8, 2), (128, 16, 128, 8, 2)),
+    ("queries", False): ((320, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
+    ("queries", True): ((256, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
+}
+HOPPER = {
+    ("forward", False): ((320, 128, 32, 8, 3), (192, 128, 32, 8, 3)),
+    ("forward", True): ((256, 128, 32, 8, 3), (128, 128, 32, 8, 3)),
+    ("keys", False): ((256, 32, 128, 8, 2), (128, 32, 128, 8, 2)),
+    ("keys", True): ((128, 32, 128, 8, 2), (128, 32, 128, 8, 2)),
+    ("queries", False): ((320, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
+    ("queries", True): ((256, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
+}
+SMALL = {  # 99 KiB of shared memory
+    ("forward", False): ((128, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
+    ("forward", True): ((128, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
+    ("keys", False): ((64, 32, 128, 8, 2), (64, 32, 128, 8, 2)),
+    ("keys", True): ((128, 16, 64, 4, 2), (128, 16, 64, 4, 2)),
+    ("queries", False): ((128, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
+    ("queries", True): ((128, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
+}
+GENERATIONS = {
+    80: AMPERE, 86: SMALL, 87: AMPERE, 89: SMALL, 90: HOPPER, 100: AMPERE, 110: SMALL,
+}  # fmt: skip
+SINGLE = {  # float32, exact products on CUDA cores, all capabilities
+    ("forward", False): (64, 32, 32, 8, 1),
+    ("forward", True): (128, 32, 32, 8, 1),
+    ("keys", False): (64, 32, 32, 8, 1),
+    ("keys", True): (128, 32, 32, 8, 1),
+    ("queries", False): (64, 32, 32, 8, 1),
+    ("queries", True): (128, 16, 16, 8, 1),
+}
+
+
 def padded(head_dim: int) -> int:
     """Head dimension as the matrix products see it: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(head_dim))
@@ -45,10 +82,16 @@ def widths(dates: int, columns: int, head_dim: int) -> tuple[int, ...]:
     return tuple(out)
 
 
-def forward_tile(dates: int, head_dim: int, dtype: torch.dtype, kind: int, capability: int) -> Tile:
+def tile(
+    kernel: str, dates: int, head_dim: int, dtype: torch.dtype, by_position: bool, capability: int
+) -> Tile:
+    """Tile of the spatial kernel "forward", "keys" or "queries"."""
     if dtype == torch.float32:
-        return Tile(widths(dates, 128, head_dim), 64, 32, 4, 1)
-    return Tile(widths(dates, 320, head_dim), 128, 64, 8, 3)
+        columns, *rest = SINGLE[kernel, head_dim > 64]
+    else:
+        table = GENERATIONS[max(c for c in GENERATIONS if c <= capability)]
+        columns, *rest = table[kernel, head_dim > 64][by_position]
+    return Tile(widths(dates, columns, head_dim), *rest)
 
 
 def temporal_tile(dates: int, head_dim: int, values: int) -> dict[str, int]:
@@ -56,15 +99,3 @@ def temporal_tile(dates: int, head_dim: int, values: int) -> dict[str, int]:
     DP = triton.next_power_of_2(head_dim)
     TQ = min(16, triton.next_power_of_2(dates))
     return {"DP": DP, "TQ": TQ, "BP": max(1, values // (TQ * DP)), "num_warps": 4}
-
-
-def key_tile(dates: int, head_dim: int, dtype: torch.dtype, kind: int, capability: int) -> Tile:
-    if dtype == torch.float32:
-        return Tile(widths(dates, 64, head_dim), 32, 64, 4, 1)
-    return Tile(widths(dates, 256, head_dim), 32, 128, 8, 2)
-
-
-def query_tile(dates: int, head_dim: int, dtype: torch.dtype, kind: int, capability: int) -> Tile:
-    if dtype == torch.float32:
-        return Tile(widths(dates, 64, head_dim), 64, 32, 4, 1)
-    return Tile(widths(dates, 256, head_dim), 128, 64, 8, 2)

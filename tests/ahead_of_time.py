@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tests.ahead_of_time_gyroscope import cases as gyroscope_cases
 from timo.kernels import temporal_median
 
 # Shared memory a block may use, bytes (CUDA programming guide, compute capabilities).
@@ -82,7 +83,7 @@ def assemble(ptx: str, capability: int) -> dict:
 
 
 def main(capability: int) -> None:
-    for label, *case in temporal_median_cases():
+    for label, *case in (*temporal_median_cases(), *gyroscope_cases(capability)):
         print(json.dumps({"kernel": label, **compile_one(*case, capability)}), flush=True)
 
 

@@ -1,5 +1,9 @@
 """Shipped configurations of the gyroscope attention kernels, for tests/ahead_of_time.py."""
 
+import os
+from collections.abc import Iterator
+from itertools import product
+
 import torch
 
 from timo.kernels import gyroscope_attention as launches
@@ -12,6 +16,29 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROW = ("i32",)  # strides in multiples of a padded head: aligned to 16
 SERIES = ROW * 5
 ANY = ("i64",)  # strides of validity, gate and logarithms
+
+
+def cases(capability: int) -> Iterator[tuple]:
+    """The tuned head dimensions at 10 dates, or with TIMO_AOT=all every class of shape."""
+    if os.environ.get("TIMO_AOT") != "all":
+        yield temporal_case("bf16", 10, 32, True)
+        yield from temporal_backward_cases("bf16", 10, 32, 2)
+        yield from spatial_cases("bf16", 10, 32, 2, False, capability)
+        yield from spatial_cases("bf16", 10, 64, 0, False, capability)
+        return
+    for dtype, head_dim, dates in product(DTYPES, (8, 24, 32, 64, 80, 128), (1, 3, 10, 38)):
+        yield temporal_case(dtype, dates, head_dim, True)
+        yield from temporal_backward_cases(dtype, dates, head_dim, 2)
+        for kind in (0, 1, 2):
+            yield from spatial_cases(dtype, dates, head_dim, kind, False, capability)
+        if dates == 1:
+            yield from spatial_cases(dtype, dates, head_dim, 2, True, capability)
+
+
+def spatial_cases(dtype, dates, head_dim, kind, own, capability) -> Iterator[tuple]:
+    yield spatial_case(dtype, dates, head_dim, kind, own, capability)
+    for keys in (True, False):
+        yield spatial_backward_case(dtype, dates, head_dim, kind, own, capability, keys)
 
 
 def common(dtype: str, kind: int, head_dim: int) -> dict:
@@ -35,8 +62,8 @@ def temporal_case(dtype, dates, head_dim, has_valid) -> tuple:
     return label, forward.temporal_kernel, signature, constants, warps, 3
 
 
-def spatial_case(dtype, dates, head_dim, kind, own, capability, tile=None) -> tuple:
-    tile = tile or config.forward_tile(dates, head_dim, DTYPES[dtype], kind, capability)
+def spatial_case(dtype, dates, head_dim, kind, own, capability) -> tuple:
+    tile = config.tile("forward", dates, head_dim, DTYPES[dtype], kind == 2, capability)
     x = f"*{dtype}"
     TT = sum(tile.widths)
     signature = {
@@ -88,10 +115,10 @@ def temporal_backward_cases(dtype, dates, head_dim, kind) -> list[tuple]:
     return [query, key]
 
 
-def spatial_backward_case(dtype, dates, head_dim, kind, own, capability, keys, tile=None) -> tuple:
+def spatial_backward_case(dtype, dates, head_dim, kind, own, capability, keys) -> tuple:
     """Of `spatial_key_kernel` (keys) or `spatial_query_kernel`."""
-    choose = config.key_tile if keys else config.query_tile
-    tile = tile or choose(dates, head_dim, DTYPES[dtype], kind, capability)
+    name = "keys" if keys else "queries"
+    tile = config.tile(name, dates, head_dim, DTYPES[dtype], kind == 2, capability)
     x = f"*{dtype}"
     signature = {"p_qm": x, "p_km": x, "p_v": x, "p_do": x, "p_valid": "*u8"}
     strides = {
@@ -112,6 +139,5 @@ def spatial_backward_case(dtype, dates, head_dim, kind, own, capability, keys, t
         "OWN": own, "BM": tile.queries, "BN": tile.keys,
         "WIDTHS": tile.widths, "TT": sum(tile.widths),
     }  # fmt: skip
-    which = "keys" if keys else "queries"
-    label = f"gyroscope spatial {which} backward T={dates} D={head_dim} {dtype} validity={kind} "
+    label = f"gyroscope spatial {name} backward T={dates} D={head_dim} {dtype} validity={kind} "
     return f"{label}own={own} {tile}", kernel, signature, constants, tile.num_warps, tile.num_stages

@@ -41,12 +41,10 @@ def one_thread():
 def small_tiles(monkeypatch):
     """Several blocks of queries and keys, and several tiles of dates of different widths."""
 
-    def tile(dates, head_dim, *_):
-        config = kernels.config
-        return config.Tile(config.widths(dates, 64, head_dim), 16, 16, 4, 1)
+    def tile(kernel, dates, head_dim, *_):
+        return kernels.config.Tile(kernels.config.widths(dates, 64, head_dim), 16, 16, 4, 1)
 
-    for name in ("forward_tile", "key_tile", "query_tile"):
-        monkeypatch.setattr(kernels.config, name, tile)
+    monkeypatch.setattr(kernels.config, "tile", tile)
 
 
 def compare(shape, kind, dtype, seed, scale=1.0, energy=0.25):
