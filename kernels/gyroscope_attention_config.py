@@ -53,7 +53,7 @@ GENERATIONS = {
 SINGLE = {  # float32, exact products on CUDA cores, all capabilities
     ("forward", False): (64, 32, 32, 8, 1),
     ("forward", True): (128, 32, 32, 8, 1),
-    ("keys", False): (64, 32, 32, 8, 1),
+    ("keys", False): (64, 16, 32, 8, 1),
     ("keys", True): (128, 32, 32, 8, 1),
     ("queries", False): (64, 32, 32, 8, 1),
     ("queries", True): (128, 16, 16, 8, 1),
