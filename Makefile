@@ -28,12 +28,13 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# One thread each: tests are many small problems, on which threads wait for each other.
 unit: install
-	$(BIN)/pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests
 
 # Triton's kernels on the CPU; the interpreter must be chosen before triton is imported.
 interpreter: install
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/ops -k triton
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/ops -k triton
 
 # Built without torch, installed in an environment of its own, used outside the tree.
 wheel: install

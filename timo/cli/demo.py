@@ -37,8 +37,8 @@ def demo(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("timo demo", description=demo.__doc__)
     parser.add_argument("--data", default=None, help="folder of the real series")
     parser.add_argument("--out", default="runs/demo", help="folder of the results; replaced")
-    parser.add_argument("--pretrain_steps", type=int, default=400)
-    parser.add_argument("--finetune_steps", type=int, default=60)
+    parser.add_argument("--pretrain_steps", type=int, default=500)
+    parser.add_argument("--finetune_steps", type=int, default=100)
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     out = Path(options.out)
@@ -52,7 +52,7 @@ def demo(arguments: Sequence[str]) -> int:
         data = SeriesData(_open(root, WEST, stride=TILE // 2), batch_size=8, dates=4)
         pretraining = PretrainingTask(
             data.train.bands, **data.normalisation(), model="timo_tiny",
-            model_options={"pixel_norm": "none", **TINY_DECODER}, learning_rate=1e-3,
+            model_options={"pixel_norm": "none", **TINY_DECODER}, learning_rate=4e-4,
         )  # fmt: skip
         _fit(pretraining, data, out / "pretraining", options.pretrain_steps)
 
@@ -63,7 +63,7 @@ def demo(arguments: Sequence[str]) -> int:
         with _Step(f"fine-tuning, {name}", timings):
             seed_everything(1, workers=True, verbose=False)
             west = _open(root, WEST, stride=TILE // 2, labels=open_water)
-            data = SeriesData(west, batch_size=4, dates=4, seed=1)
+            data = SeriesData(west, batch_size=4, dates=2, seed=1)
             task = SegmentationTask(
                 data.train.bands, **data.normalisation(), classes=CLASSES, per_frame=True,
                 model="timo_tiny", pretrained=weights, learning_rate=5e-4, warmup=0.1,
