@@ -1,8 +1,10 @@
 """Choose the command, and turn bad input into one line on stderr."""
 
 import importlib
+import logging
 import os
 import sys
+import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 
@@ -38,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"timo: {name!r} is no command\n{usage()}", file=sys.stderr)
         return 2
     module, function, _ = COMMANDS[name]
+    # Lightning advertises services and warns of its own internals; errors still come through.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
     try:
         command = getattr(importlib.import_module(module), function)
         return command(arguments[words:]) or 0
