@@ -141,7 +141,8 @@ def test_parity(backend, device, dtype, kind):
     if why := skip_reason(backend, device):
         pytest.skip(why)
     limits = FORWARD.backends[backend]
-    for seed, shape in enumerate(WIDE_SHAPES):
+    interpreted = backend == dispatch.TRITON and device == "cpu"  # test_gyroscope_triton has more
+    for seed, shape in enumerate(WIDE_SHAPES[:1] if interpreted else WIDE_SHAPES):
         request = dispatch.Request(torch.device(device), dtype, shape[1], shape[4])
         if limits.refusals(request):
             continue
