@@ -12,8 +12,8 @@ from timo.ops.checks import FLOATS, check_same, check_shape, check_tensor, check
 from timo.ops.dispatch import CPP, REFERENCE, TRITON, Backend, Request
 from timo.ops.library import define, refuse_third_derivative
 
-# Elements of one block of energies in the reference. Its workspace is at most four such blocks in
-# the accumulation dtype (16 MiB in float32), beside the values of the heads in hand and their
+# Elements of one block of energies in the reference. Its workspace is at most five such blocks in
+# the accumulation dtype (20 MiB in float32), beside the values of the heads in hand and their
 # gradient (each heads * N * T * D elements, a single head as soon as N * N exceeds a block).
 BLOCK = 2**20
 BITS = math.log2(math.e)  # e ** x is 2 ** (BITS * x)
