@@ -62,6 +62,7 @@ def write_report(
         _reconstruction(task, east),
         "<h2>Losses</h2>",
         _curves(pretraining, finetuning),
+        "<p class='note'>In pretraining, predicting each band's mean would cost about 1.</p>",
         "<h2>Every figure</h2>",
         table(("figure", "value"), _flat(figures)),
     ]
