@@ -331,7 +331,7 @@ HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")
 TRITON_LIMITS = {
     "devices": dispatch.triton_devices(),
-    "dtypes": (torch.float16, torch.bfloat16, torch.float32),
+    "dtypes": HALF_AND_SINGLE,
     "head_dims": (1, 128),
     "min_capability": (8, 0),
 }
