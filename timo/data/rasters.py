@@ -260,14 +260,17 @@ def _band_names(bands: Sequence[str] | None, header: _Header, path: Path) -> lis
 
 
 @contextmanager
-def _open(path: Path) -> Iterator:
-    """The open raster; what GDAL cannot open or read becomes a DataError naming the file."""
+def open_raster(path: str | Path, **options) -> Iterator:
+    """The open raster; what GDAL cannot open or read becomes a DataError naming the file.
+
+    `options` go to `rasterio.open`, as driver="GTiff" to refuse whatever else bears the name.
+    """
     rasterio = import_rasterio()
     try:
         # Env turns GDAL's messages on stderr into log records.
         with rasterio.Env(), warnings.catch_warnings():
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            with rasterio.open(path) as file:
+            with rasterio.open(path, **options) as file:
                 yield file
     except rasterio.errors.RasterioError as error:
         raise DataError(
@@ -277,7 +280,7 @@ def _open(path: Path) -> Iterator:
 
 
 def _header(path: Path) -> _Header:
-    with _open(path) as file:
+    with open_raster(path) as file:
         if len(set(file.dtypes)) > 1:
             raise DataError(f"{path}: its bands have several types {file.dtypes}; use one")
         try:
@@ -299,7 +302,7 @@ def _read_bands(
 
     row, col, h, w = box
     window = Window(col, row, w, h)
-    with _open(path) as file:
+    with open_raster(path) as file:
         image = file.read(bands, window=window)
         if nodata is None:
             return image, file.read_masks(bands, window=window) > 0

@@ -1,0 +1,19 @@
+"""Readers of published data sets, in the layouts in which they are published; see docs/data.md."""
+
+from pathlib import Path
+
+from timo.data.readers.common import PublishedSeries
+
+# Every reader takes (root, split, ...).
+READERS: dict[str, type[PublishedSeries]] = {}
+
+
+def open_dataset(name: str, root: str | Path, split: str = "train", **options) -> PublishedSeries:
+    """The data set called `name` (a key of `READERS`), as it lies in the folder `root`.
+
+    `options` go to its class. Raises ValueError for an unknown name, DataError for what `root`
+    lacks.
+    """
+    if name not in READERS:
+        raise ValueError(f"name: must be one of {', '.join(READERS)}, got {name!r}")
+    return READERS[name](root, split=split, **options)
