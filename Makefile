@@ -8,14 +8,14 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
 install: .venv/installed build/extension
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools pybind11 ninja
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[train,geo,dev]'
 	touch $@
 
-build/extension: setup.py $(SOURCES) .venv/installed
+build/extension: $(SOURCES) .venv/installed
 	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 

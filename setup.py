@@ -22,6 +22,11 @@ NVCC_FLAGS = (
 )
 
 
+# Packages that lie beside timo/ in the repository. A build in place links them into timo/, so that
+# the tree can be used without being installed.
+FOLDERS = {"timo.kernels": "kernels", "timo.benchmarks": "benchmarks"}
+
+
 def find_nvcc() -> str | None:
     wanted = os.environ.get("TIMO_CUDA", "auto")
     if wanted == "0":
@@ -57,6 +62,14 @@ def gencode() -> str:
 
 class BuildWithNinja(build_ext):
     """Compile .cpp and .cu side by side; objects stay in build/, so rebuilds are incremental."""
+
+    def run(self):
+        super().run()
+        if self.inplace:
+            for name, folder in FOLDERS.items():
+                link = ROOT / name.replace(".", "/")
+                if not link.exists():
+                    link.symlink_to(Path("..", folder))
 
     def build_extension(self, ext):
         import ninja
@@ -112,8 +125,8 @@ def sources() -> list[str]:
 
 
 setup(
-    packages=[*find_packages(include=["timo", "timo.*"]), "timo.kernels"],
-    package_dir={"timo.kernels": "kernels"},
+    packages=sorted({*find_packages(include=["timo", "timo.*"]), *FOLDERS, "timo.benchmarks.ops"}),
+    package_dir=FOLDERS,
     ext_modules=[Extension("timo._C", sources())],
     cmdclass={"build_ext": BuildWithNinja},
 )

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness
-from benchmarks.ops import temporal_median
+from . import harness
+from .ops import temporal_median
 
 BENCHMARKS = [temporal_median]
 

@@ -11,8 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import harness
 from timo.ops import dispatch, gyroscope_attention
+
+from .. import harness
 
 module = sys.modules["timo.ops.gyroscope_attention"]
 

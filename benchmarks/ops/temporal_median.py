@@ -8,9 +8,10 @@ from functools import partial
 
 import torch
 
-from benchmarks import harness
 from timo import ops
 from timo.ops.temporal_median import FORWARD
+
+from .. import harness
 
 # (B, T, N, H, D): queries of base stages 1 and 2 at 224 x 224.
 SHAPES = [(8, 3, 3136, 4, 32), (8, 10, 3136, 4, 32), (8, 38, 784, 8, 32)]

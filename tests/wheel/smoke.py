@@ -14,6 +14,7 @@ if sys.argv[1] == "yes":
 x = torch.randn(2, 5, 3, 2, 8)
 values, indices = timo.ops.temporal_median(x, backend="cpp")
 assert torch.equal(values, x.median(1).values) and torch.equal(indices, x.median(1).indices)
+import timo.benchmarks.ops.temporal_median  # noqa: E402
 import timo.kernels.temporal_median  # noqa: E402, F401
 
 model = timo.create_model("timo_tiny", task="segmentation", in_chans=5, num_classes=3)
