@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tests.ahead_of_time_gyroscope import cases as gyroscope_cases
+from tests.ahead_of_time_units import cases as unit_cases
 from timo.kernels import temporal_median
 
 # Shared memory a block may use, bytes (CUDA programming guide, compute capabilities).
@@ -83,7 +84,8 @@ def assemble(ptx: str, capability: int) -> dict:
 
 
 def main(capability: int) -> None:
-    for label, *case in (*temporal_median_cases(), *gyroscope_cases(capability)):
+    cases = (*temporal_median_cases(), *unit_cases(), *gyroscope_cases(capability))
+    for label, *case in cases:
         print(json.dumps({"kernel": label, **compile_one(*case, capability)}), flush=True)
 
 

@@ -26,3 +26,14 @@ def skip_reason(backend: str, device: str) -> str | None:
         if os.environ.get("TRITON_INTERPRET") != "1":
             return "TRITON_INTERPRET is not 1"
     return None
+
+
+def share(cases: list, backend: str, device: str, turn: int) -> list[tuple[int, object]]:
+    """Numbered cases to run: all, or every third of them in Triton's interpreter, which is slow.
+
+    Tests that pass the sum of their parameters' places as `turn` still show every case to every
+    value of each parameter that has at least three.
+    """
+    numbered = list(enumerate(cases))
+    slow = backend == dispatch.TRITON and device == "cpu"
+    return numbered[turn % 3 :: 3] if slow else numbered

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 import timo
-from tests.ops.backends import cases, skip_reason
+from tests.ops.backends import cases, share, skip_reason
 from tests.tolerance import assert_close
 from timo.ops import dispatch, gather_units
+from timo.ops.checks import RAW
 from timo.ops.gather_units import BACKWARD, FORWARD
 
 CASES = [  # B, T, C, H, W, unit, halo, K
@@ -80,7 +81,8 @@ def loop(frames, ids, scale, offset, valid, unit, halo):
 def test_parity(backend, device, dtype, kind, poisoned):
     if why := skip_reason(backend, device):
         pytest.skip(why)
-    for seed, case in enumerate(CASES):
+    turn = RAW.index(dtype) + KINDS.index(kind)
+    for seed, case in share(CASES, backend, device, turn):
         *_, unit, halo, _ = case
         frames, ids, scale, offset, valid = make(case, kind, dtype, seed)
         exact = loop(frames, ids, scale, offset, valid, unit, halo)
@@ -111,7 +113,8 @@ def test_parity(backend, device, dtype, kind, poisoned):
 def test_gradient(backend, device, dtype, kind):
     if why := skip_reason(backend, device):
         pytest.skip(why)
-    for seed, case in enumerate(CASES):
+    turn = RAW.index(dtype) + KINDS.index(kind)
+    for seed, case in share(CASES, backend, device, turn):
         *_, unit, halo, _ = case
         frames, ids, scale, offset, valid = make(case, kind, dtype, seed)
         leaf = frames.double().requires_grad_()

@@ -14,7 +14,7 @@ from timo.ops.checks import (
     check_valid,
     dtype_name,
 )
-from timo.ops.dispatch import REFERENCE, Backend, Request
+from timo.ops.dispatch import REFERENCE, TRITON, Backend, Request
 from timo.ops.library import define
 
 
@@ -223,20 +223,40 @@ def unit_count(frames: Tensor, unit: int) -> int:
     return T * -(-H // unit) * -(-W // unit)
 
 
-def _request(frames, *_, **__) -> Request:
-    return Request(frames.device, frames.dtype)
+def _triton(*inputs):
+    from timo.kernels import gather_units as kernels
+
+    return kernels.forward(*inputs)
 
 
+def _triton_backward(*inputs):
+    from timo.kernels import gather_units as kernels
+
+    return kernels.backward(*inputs)
+
+
+def _request(frames, *inputs, dtype=None, **_) -> Request:
+    """float64 if either side is: then so is the arithmetic."""
+    dtype = next((x for x in inputs if isinstance(x, torch.dtype)), dtype)
+    wide = torch.float64 in (frames.dtype, dtype)
+    return Request(frames.device, torch.float64 if wide else frames.dtype)
+
+
+HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")
 FORWARD = dispatch.register(
     "gather_units",
     _request,
     Backend(REFERENCE, reference, ANY_DEVICE, RAW),
+    Backend(
+        TRITON, _triton, dispatch.triton_devices(), (torch.uint8, torch.uint16, *HALF_AND_SINGLE)
+    ),
 )
 BACKWARD = dispatch.register(
     "gather_units_backward",
     _request,
     Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
+    Backend(TRITON, _triton_backward, dispatch.triton_devices(), HALF_AND_SINGLE),
 )
 
 
