@@ -1,7 +1,5 @@
 """The masked autoencoder against the dense oracle: mask the image, stem on all of it, pick."""
 
-import math
-
 import pytest
 import torch
 
@@ -16,6 +14,7 @@ from tests.models.build import (
     series,
 )
 from tests.models.oracle import assert_same, relative_error
+from timo.models.masking import visible_count
 
 
 def visible(ids, units):
@@ -166,10 +165,8 @@ def test_as_many_units_stay_visible_as_specified(ratio, kept):
 
 def test_the_count_is_not_lost_to_rounding():
     """10 · (1 − 0.9) is 0.99…98 in floating point; 100 · (1 - 0.93) is 6.99…95."""
-    from timo.models.mae import draw_units
-
     for units, ratio, kept in ((10, 0.9, 1), (100, 0.93, 7), (147, 0.75, 36), (2, 0.9, 1)):
-        assert draw_units(torch.zeros(1), units, None, ratio, None).shape == (1, kept)
+        assert visible_count(units, ratio) == kept
 
 
 def test_invalid_units_are_never_drawn():
@@ -185,15 +182,13 @@ def test_invalid_units_are_never_drawn():
     assert torch.equal(seen, usable)
 
 
-def test_the_draw_is_uniform_and_repeatable():
-    from timo.models.mae import draw_units
-
-    generator = torch.Generator().manual_seed(0)
-    ids = draw_units(torch.zeros(20000), 12, None, 0.75, generator)
-    share = visible(ids, 12).double().mean(0)
-    assert (share - 0.25).abs().max() < 5 * math.sqrt(0.25 * 0.75 / 20000)
-    again = draw_units(torch.zeros(20000), 12, None, 0.75, generator.manual_seed(0))
-    assert torch.equal(ids, again)
+def test_the_draw_is_repeatable():
+    model, frames, generator = build("mae"), series(W=64), torch.Generator()
+    first, second = (
+        model(frames, generator=generator.manual_seed(seed)).visible_ids for seed in (3, 4)
+    )
+    assert not torch.equal(first, second)
+    assert torch.equal(first, model(frames, generator=generator.manual_seed(3)).visible_ids)
 
 
 def test_the_published_defaults():

@@ -10,6 +10,7 @@ from torch import Tensor
 from timo.data import RasterSeries, collate_series, mndwi
 from timo.data.page import figure, image, table, write_html
 from timo.data.windows import import_rasterio
+from timo.models.masking import least_usable, usable_units
 from timo.ops.gather_units import visible_pixels
 from timo.tasks import PretrainingTask
 
@@ -124,7 +125,8 @@ def _reconstruction(task: PretrainingTask, east: RasterSeries) -> str:
     shown = torch.linspace(0, len(chosen["dates"]) - 1, 4).long()
     picked = {key: chosen[key][shown] for key in ("image", "dates", "valid")}
     batch = collate_series([picked | {"name": chosen["name"]}])
-    result = task(batch, torch.Generator().manual_seed(0))
+    units = least_usable(batch["image"], usable_units(batch["image"], batch["valid"]))
+    result = task(batch | {"key": torch.tensor([0]), "units": units})
     frames, (scale, offset) = batch["image"].float(), task.input_units()
     visible = visible_pixels(frames, result.visible_ids, None, 32)  # [1, T, 1, H, W]
     predicted = _assemble(result.pred, result.masked_ids, frames.shape)

@@ -54,7 +54,8 @@ class TemporalSubset:
 class TransformedSeries(Dataset):
     """`dataset` with transforms, each sample's draws fixed by (seed, epoch, index) alone.
 
-    So every epoch draws anew, and the draws do not depend on the number of workers. `set_epoch`
+    So every epoch draws anew, and the draws do not depend on the number of workers or processes.
+    A sample also bears `key`, int64 (), from which a device may draw on: masking does. `set_epoch`
     reaches workers that live on (`persistent_workers=True`): the epoch lies in shared memory.
     Attributes (`bands`, `scale`, `statistics`, ...) are those of `dataset`.
     """
@@ -74,7 +75,7 @@ class TransformedSeries(Dataset):
         sample = self.dataset[index]
         for transform in self.transforms:
             sample = transform(sample, generator)
-        return sample
+        return sample | {"key": torch.tensor(generator.initial_seed())}
 
     def __getattr__(self, name: str):
         if name == "dataset" or name.startswith("__"):  # while unpickling there is no dataset yet

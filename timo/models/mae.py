@@ -12,6 +12,13 @@ from timo.layers.position import grid_code, unit_code
 from timo.layers.validity import per_map, pool_valid
 from timo.models.encoder import Encoder
 from timo.models.inputs import UNIT, check_series, pad_frames, pad_valid
+from timo.models.masking import (
+    draw_units,
+    least_usable,
+    unit_grid,
+    usable_units,
+    visible_count,
+)
 from timo.models.weights import initialise
 from timo.ops.checks import dtype_name
 from timo.ops.gather_units import check_id_values, check_ids, per_band, physical, visible_pixels
@@ -123,8 +130,9 @@ class MaskedAutoencoder(nn.Module):
         Args:
             frames: (B, T, C, H, W) uint8, uint16 or floating, at least two units in all.
             mask_ratio: share of units to hide, between 0 and 1; unused with `visible_ids`.
-            visible_ids: (B, K) int64, ascending units to keep; drawn at random if None, which
-                waits for the device if `valid` is given, for K depends on it.
+            visible_ids: (B, K) int64, ascending units to keep, as `timo.models.masking` draws
+                them; drawn at random if None, which waits for the device if `valid` is given, for
+                K depends on it.
             dates: (B, T) int64 days; used with temporal_position="days" only.
             valid: (B, T) or (B, T, H, W) bool, true where usable; all usable if None.
             scale, offset: number or (C,) tensor; a pixel x is seen as `x * scale + offset`.
@@ -141,14 +149,19 @@ class MaskedAutoencoder(nn.Module):
                 f"frames is {dtype_name(frames.dtype)} and scale is missing; raw values need "
                 "scale (and offset if not 0), as scale=1 / 255"
             )
-        B, T, _, H, W = frames.shape
-        grid = (-(-H // UNIT), -(-W // UNIT))
-        pixels = pad_valid(valid, frames)
-        # Padding alone leaves every unit a valid pixel.
-        usable = None if valid is None or pixels is None else unit_valid(pixels, grid)
-        units = T * grid[0] * grid[1]
+        dates_and_grid = unit_grid(frames)
+        units, grid = math.prod(dates_and_grid), dates_and_grid[1:]
+        pixels, usable = pad_valid(valid, frames), usable_units(frames, valid)
+        if units < 2:
+            raise ValueError(
+                f"frames has shape {tuple(frames.shape)}, a single unit of {UNIT}×{UNIT} pixels; "
+                "at least two are needed: pass more dates or a larger window"
+            )
         if visible_ids is None:
-            visible_ids = draw_units(frames, units, usable, mask_ratio, generator)
+            shape, device = (len(frames),), frames.device
+            key = torch.randint(2**63 - 1, shape, generator=generator, device=device)
+            keep = visible_count(least_usable(frames, usable), mask_ratio)
+            visible_ids = draw_units(key, dates_and_grid, keep, usable=usable)
         else:
             check_ids("visible_ids", visible_ids, frames)
             if not torch.compiler.is_compiling():
@@ -197,49 +210,11 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def draw_units(
-    frames: Tensor,
-    units: int,
-    usable: Tensor | None,
-    mask_ratio: float,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Draw visible units, the same number for every sample, none without a valid pixel.
-
-    Args:
-        usable: (B, units) bool, or None.
-
-    Returns:
-        (B, K) int64, ascending; K = floor(least number of usable units · (1 − mask_ratio)), at
-        least 1, at most one less than that number.
-    """
-    if not isinstance(mask_ratio, int | float) or not 0 < mask_ratio < 1:
-        raise ValueError(f"mask_ratio is {mask_ratio!r}; it must be a number between 0 and 1")
-    if units < 2:
-        raise ValueError(
-            f"frames has shape {tuple(frames.shape)}, a single unit of {UNIT}×{UNIT} pixels; at "
-            "least two are needed: pass more dates or a larger window"
-        )
-    least = units if usable is None else int(usable.sum(1).min())
-    keep = max(1, min(math.floor(least * (1 - mask_ratio) + 1e-9), least - 1))
-    scores = torch.rand((len(frames), units), device=frames.device, generator=generator)
-    if usable is not None:
-        scores = scores.masked_fill(~usable, 2.0)  # behind every usable unit
-    return scores.argsort(1)[:, :keep].sort(1).values
-
-
 def complement(ids: Tensor, units: int) -> Tensor:
     """The other units, ascending: (B, K) -> (B, units − K)."""
     B, K = ids.shape
     kept = torch.zeros((B, units), dtype=torch.uint8, device=ids.device).scatter(1, ids, 1)
     return kept.argsort(stable=True, dim=1)[:, : units - K]
-
-
-def unit_valid(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Which units have a valid pixel, (B, units), of (B, T) or (B, T, H, W) validity."""
-    if pixels.ndim == 2:
-        return pixels[..., None].expand(-1, -1, grid[0] * grid[1]).flatten(1)
-    return pool_valid(pixels, UNIT).flatten(1)
 
 
 def select_units(x: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -86,8 +86,8 @@ class SeriesTask(LightningModule):
         self.trainer.datamodule.set_epoch(self.current_epoch)
 
     def on_train_batch_start(self, batch: dict, index: int) -> None:
-        # Masking and stochastic depth depend on (seed, step, rank) alone, so that a run that was
-        # stopped and resumed equals one that was not.
+        # Stochastic depth depends on (seed, step, rank) alone, so that a run that was stopped and
+        # resumed equals one that was not.
         seed = self.trainer.datamodule.seed
         drawn = sample_generator(seed, self.global_step, -2 - self.global_rank).initial_seed()
         torch.manual_seed(drawn)

@@ -14,6 +14,7 @@ from timo.data import (
     random_rotate90,
 )
 from timo.data.transforms import sample_generator
+from timo.models.masking import least_usable, usable_units
 
 
 class SeriesData(LightningDataModule):
@@ -45,7 +46,9 @@ class SeriesData(LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        self.val, self.test = val, test
+        # Samples of `val` bear the same keys, and so the same masks, at every validation.
+        self.val = None if val is None else TransformedSeries(val, [], seed)
+        self.test = test
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         transforms = [TemporalSubset(dates)] if dates else []
         transforms += [random_flip, random_rotate90] if augment else []
@@ -74,7 +77,10 @@ class SeriesData(LightningDataModule):
                 f"series {', '.join(names)}: a sample has no valid pixel at any date; leave such "
                 "windows out with min_valid="
             )
-        return batch | {"valid": compact_valid(batch["valid"])}
+        valid = compact_valid(batch["valid"])
+        # Counted here, for on the device it would have to be waited for.
+        units = least_usable(batch["image"], usable_units(batch["image"], valid))
+        return batch | {"valid": valid, "units": units}
 
     def train_dataloader(self) -> DataLoader:
         self._sampler = SeededShuffle(len(self.train), self.seed)

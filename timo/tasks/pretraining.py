@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from timo import create_model
 from timo.models.mae import MAEOutput
+from timo.models.masking import STRATEGIES, draw_units, unit_grid, usable_units, visible_count
 from timo.tasks.base import SeriesTask
 
 
@@ -21,6 +21,9 @@ class PretrainingTask(SeriesTask):
         bands, mean, deviation, scale, offset, model, model_options: see SeriesTask.
         learning_rate, weight_decay, betas, warmup, schedule: see SeriesTask.
         mask_ratio: share of 32 x 32 units to hide.
+        masking: which units: "random" (published), whole dates ("date"), places at all dates
+            ("location"), rectangles ("block"), or one of these for each sample ("mixture"); see
+            `timo.models.masking.draw_units`.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class PretrainingTask(SeriesTask):
         model: str = "timo_base",
         model_options: dict[str, Any] | None = None,
         mask_ratio: float = 0.75,
+        masking: str = "random",
         learning_rate: float = 1.5e-4,
         weight_decay: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -47,15 +51,26 @@ class PretrainingTask(SeriesTask):
             model, task="mae", in_chans=len(self.bands),
             **{"pixel_norm": "patch"} | self.model_options,
         )  # fmt: skip
-        self.mask_ratio = mask_ratio
+        visible_count(2, mask_ratio)  # raises where it is out of range
+        if masking not in STRATEGIES:
+            raise ValueError(f"masking is {masking!r}; it must be one of {', '.join(STRATEGIES)}")
+        self.mask_ratio, self.masking = mask_ratio, masking
 
-    def forward(self, batch: dict, generator: torch.Generator | None = None) -> MAEOutput:
-        """Reconstruct a batch of raw pixels; normalisation happens where units are gathered."""
+    def forward(self, batch: dict) -> MAEOutput:
+        """Reconstruct a batch of raw pixels; normalisation happens where units are gathered.
+
+        Args:
+            batch: image, dates and valid as models take them; key (B,), see `draw_units`; units,
+                the least number of usable units of a sample. `SeriesData` supplies them.
+        """
+        frames, valid = batch["image"], batch["valid"]
+        keep = visible_count(batch["units"], self.mask_ratio)
+        usable = usable_units(frames, valid)
+        ids = draw_units(batch["key"], unit_grid(frames), keep, self.masking, usable)
         scale, offset = self.input_units()
         return self.model(
-            batch["image"], self.mask_ratio, dates=batch["dates"], valid=batch["valid"],
-            scale=scale, offset=offset, generator=generator,
-        )  # fmt: skip
+            frames, visible_ids=ids, dates=batch["dates"], valid=valid, scale=scale, offset=offset
+        )
 
     def training_step(self, batch: dict, index: int) -> Tensor:
         loss = self(batch).loss
@@ -63,7 +78,5 @@ class PretrainingTask(SeriesTask):
         return loss
 
     def validation_step(self, batch: dict, index: int) -> None:
-        # The same units are hidden at every validation, so that its losses compare.
-        generator = torch.Generator(self.device).manual_seed(index)
-        loss = self(batch, generator).loss
+        loss = self(batch).loss
         self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["image"]), sync_dist=True)
