@@ -9,7 +9,12 @@ import timo.data
 from timo.tasks import SeriesData
 
 # Data sets may be named by their class alone, as `--data.train RasterSeries`.
-DATASETS = (timo.data.RasterSeries, timo.data.NumpySeries, timo.data.SimulatedSeries)
+DATASETS = (
+    timo.data.RasterSeries,
+    timo.data.NumpySeries,
+    timo.data.SimulatedSeries,
+    *timo.data.READERS.values(),
+)
 # What the run's folder decides by itself.
 OURS = {"logger", "callbacks", "default_root_dir", "enable_checkpointing", "enable_progress_bar"}
 FROM_DATA = {"bands", "mean", "deviation", "scale", "offset"}

@@ -19,6 +19,7 @@ from timo.data.indices import mndwi, normalized_difference, open_water
 from timo.data.numpy_series import NumpySeries
 from timo.data.opening import open_series
 from timo.data.rasters import RasterSeries
+from timo.data.readers import READERS, open_dataset
 from timo.data.transforms import TemporalSubset, TransformedSeries, random_flip, random_rotate90
 from timo.data.windows import GeoTiffWriter, blend, grid_windows
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "IGNORE_INDEX",
     "CheckReport",
+    "READERS",
     "DataError",
     "GeoTiffWriter",
     "NumpySeries",
@@ -42,6 +44,7 @@ __all__ = [
     "grid_windows",
     "mndwi",
     "normalized_difference",
+    "open_dataset",
     "open_series",
     "open_water",
     "physical",

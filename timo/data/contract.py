@@ -73,7 +73,7 @@ class SeriesDataset(Dataset):
         count, mean = 0, torch.zeros(len(self.bands), dtype=torch.float64)
         squares = torch.zeros_like(mean)
         indices = evenly_spaced(len(self), max_samples)
-        for index in _with_progress(indices, "statistics"):
+        for index in with_progress(indices, "statistics"):
             sample = self[index]
             image = physical(sample["image"], self.scale, self.offset).double()
             pixels = image.movedim(1, 0)[:, sample["valid"]]  # (C, valid pixels)
@@ -209,7 +209,7 @@ def atomic_output(path: str | os.PathLike) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _with_progress(items: list, what: str, patience: float = 2.0) -> Iterator:
+def with_progress(items: list, what: str, patience: float = 2.0) -> Iterator:
     """Yield `items`; after `patience` seconds a progress bar appears, where rich is installed."""
     start = time.monotonic()
     for done, item in enumerate(items):

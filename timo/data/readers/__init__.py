@@ -3,9 +3,16 @@
 from pathlib import Path
 
 from timo.data.readers.common import PublishedSeries
+from timo.data.readers.mtlcc import MTLCC
+from timo.data.readers.multiearth import MultiEarth
+from timo.data.readers.multisenge import MultiSenGE
 
 # Every reader takes (root, split, ...).
-READERS: dict[str, type[PublishedSeries]] = {}
+READERS: dict[str, type[PublishedSeries]] = {
+    "mtlcc": MTLCC,
+    "multiearth": MultiEarth,
+    "multisenge": MultiSenGE,
+}
 
 
 def open_dataset(name: str, root: str | Path, split: str = "train", **options) -> PublishedSeries:

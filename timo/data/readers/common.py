@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,13 @@ import torch
 
 from timo.data.contract import DataError, SeriesDataset
 from timo.data.rasters import open_raster
+from timo.data.series import tensor_dtype
 
 SPLITS = ("train", "val", "test")
+INCOMPLETE = ("error", "skip")
+_LARGEST = 4096  # pixels; published patches are much smaller, damaged headers say anything
+
+log = logging.getLogger(__name__)
 
 
 class PublishedSeries(SeriesDataset):
@@ -68,15 +74,22 @@ def need_folder(root: str | Path, holds: str, source: str) -> Path:
     return root
 
 
-def need_files(paths: Sequence[Path], what: str, source: str) -> None:
-    """Raise DataError counting the `paths` that do not exist, with examples and the source."""
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        examples = ", ".join(str(path) for path in missing[:3])
-        raise DataError(
-            f"{len(missing)} of {len(paths)} {what} are missing, as {examples}; the download is "
-            f"incomplete. Get the rest from {source}"
-        )
+def need_files(
+    missing: Sequence[str | Path], total: int, what: str, source: str, incomplete: str = "error"
+) -> None:
+    """Say how many of `total` files (or samples: `what`) are missing, with examples.
+
+    Raises DataError, or with incomplete="skip" logs a warning for the caller to go on without.
+    """
+    if not missing:
+        return
+    text = (
+        f"{len(missing)} of {total} {what} are missing, as {', '.join(map(str, missing[:3]))}; the "
+        f"copy is incomplete: get the rest from {source}"
+    )
+    if incomplete == "error":
+        raise DataError(f'{text}, or leave them out with incomplete="skip"')
+    log.warning("%s; left out", text)
 
 
 def inside(root: Path, name: str, stated_in: Path) -> Path:
@@ -108,33 +121,34 @@ def read_json(path: Path) -> Any:
 
 def read_raster(
     path: Path,
-    count: int,
+    count: int | None,
     dtype: str | Sequence[str],
     size: tuple[int, int] | None = None,
     grid: tuple | None = None,
 ) -> tuple[np.ndarray, np.ndarray, tuple]:
     """Pixels (C, H, W) as on disk, usable bool (C, H, W) by the file's nodata, and its grid.
 
-    Raises DataError where bands, dtype, size, or the `grid` (CRS, transform) that another file of
-    the sample has returned, are others than stated.
+    Raises DataError where bands (any number for None), dtype, size, or the `grid` (CRS, transform)
+    that another file of the sample has returned, are others than stated.
     """
     with open_raster(path, driver="GTiff") as file:  # a VRT could name any file
         dtypes = (dtype,) if isinstance(dtype, str) else tuple(dtype)
-        found = (file.crs, tuple(file.transform)[:6])
+        found, its = (file.crs, tuple(file.transform)[:6]), (file.height, file.width)
         checks = [
-            ("band count", file.count, file.count == count, count),
             ("dtype", file.dtypes[0], set(file.dtypes) <= set(dtypes), " or ".join(dtypes)),
+            ("size", its, max(its) <= _LARGEST, f"at most {_LARGEST} pixels wide and high"),
         ]
+        if count is not None:
+            checks.append(("band count", file.count, file.count == count, count))
         if size is not None:
-            its = (file.height, file.width)
             checks.append(("size", its, its == tuple(size), tuple(size)))
         if grid is not None:
             same = found[0] == grid[0] and np.allclose(found[1], grid[1], rtol=1e-9, atol=1e-9)
             checks.append(("grid", found, same, grid))
-        for what, its, holds, must in checks:
+        for what, held, holds, must in checks:
             if not holds:
                 raise DataError(
-                    f"{path}: its {what} is {its}, it must be {must} as in the published files; "
+                    f"{path}: its {what} is {held}, it must be {must} as in the published files; "
                     "fetch the file again, or read your own with RasterSeries"
                 )
         return file.read(), file.read_masks() > 0, found
@@ -146,6 +160,7 @@ def clean(image: np.ndarray, valid: np.ndarray) -> tuple[torch.Tensor, torch.Ten
     `valid` is (T, H, W), or (T, C, H, W), where a pixel needs all of its bands.
     """
     valid = valid if valid.ndim == 3 else valid.all(1)
+    image = image.astype(tensor_dtype(image.dtype), copy=False)
     if image.dtype.kind == "f":
         valid = valid & np.isfinite(image).all(1)
     image = np.where(valid[:, None], image, np.zeros((), image.dtype))
