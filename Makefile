@@ -4,7 +4,7 @@ OUT ?= runs/gpu
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: install demo test lint unit interpreter wheel gpu clean
+.PHONY: install demo test lint unit interpreter wheel fuzz gpu clean
 
 install: .venv/installed build/extension
 
@@ -41,6 +41,11 @@ wheel: install
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
 	$(BIN)/python tests/wheel/run.py build/wheel/*.whl
+
+# All random shapes of tests/ops/test_fuzz.py, of which `make test` runs a sample.
+fuzz: install
+	TIMO_FUZZ=all OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/ops/test_fuzz.py
+	TIMO_FUZZ=all TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/ops/test_fuzz.py
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out $(OUT)

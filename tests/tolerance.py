@@ -4,7 +4,13 @@ import torch
 from torch import Tensor
 
 
-def assert_close(got: Tensor, exact: Tensor, plain: Tensor | None = None, name: str = "") -> None:
+def assert_close(
+    got: Tensor,
+    exact: Tensor,
+    plain: Tensor | None = None,
+    name: str = "",
+    terms: Tensor | None = None,
+) -> None:
     """Check a low-precision result against float64.
 
     The largest error may be at most twice that of the plain low-precision implementation, plus
@@ -15,12 +21,16 @@ def assert_close(got: Tensor, exact: Tensor, plain: Tensor | None = None, name: 
         exact: the same in float64.
         plain: the same from the reference in `got`'s dtype; without it only the ulp term counts,
             eight of them, for results that are a short sum.
+        terms: for sums whose terms cancel, the sums of the terms' absolute values: there the unit
+            is taken, in `plain`'s dtype.
     """
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
     assert got.isfinite().all() or not exact.isfinite().all(), f"{name}: not finite"
     if got.numel() == 0:
         return
     ulp = torch.finfo(got.dtype).eps * exact.abs().max().item()
+    if terms is not None:
+        ulp = torch.finfo(plain.dtype).eps * terms.max().item()
     error = (got.double() - exact).abs().max().item()
     allowed = ulp * 8 if plain is None else 2 * (plain.double() - exact).abs().max().item() + ulp
     allowed += torch.finfo(got.dtype).tiny

@@ -67,3 +67,47 @@ def spread(valid: Tensor | None, q: Tensor) -> Tensor:
     if valid is None:
         return torch.ones(q.shape[:3], dtype=torch.bool, device=q.device)
     return valid if valid.ndim == 3 else valid[:, :, None].expand(q.shape[:3])
+
+
+def magnitudes(
+    inputs: list[Tensor], valid: Tensor | None, cotangent: Tensor, scale: float, dtype: torch.dtype
+) -> list[Tensor]:
+    """Sums of the absolute values of what the output and the six gradients are sums of.
+
+    Gradients of energies are differences, often of nearly equal numbers: a rounding is one of these
+    sums, whatever is left of them. Each weight errs as well by roundings, in float32, of its energy
+    and its log-sum-exp; they count in units of `dtype`'s. Weights below 2^-60 may be dropped.
+
+    Args:
+        inputs, cotangent: float64, 0 where not valid.
+        dtype: what the implementation under test is given.
+    """
+    q, k, v, q_median, k_median, _ = (x.abs() for x in inputs)
+    usable = spread(valid, q)
+    live = usable[:, None, ..., None]  # [B, 1, T, N, 1]
+    scores = torch.where(live, energies(*inputs[:2], *inputs[3:], valid, scale), 0)
+    logs = scores.logsumexp(-1, keepdim=True)
+    weights = torch.where(live, (scores - logs).exp(), 0)
+    unit = torch.finfo(dtype).eps
+    roundings = torch.finfo(torch.float32).eps / unit * (scores.clamp_min(-1e3).abs() + logs.abs())
+    weights = weights * (1 + roundings) + 2.0**-60 / unit * live
+    T = q.shape[1]
+    dates, positions = weights[..., :T], weights[..., T:]
+    dout = cotangent.abs()
+    out = torch.einsum("bhtns,bsnhd->btnhd", dates, v)
+    out += torch.einsum("bhtnm,btmhd->btnhd", positions, v)
+    delta = (dout * out).sum(-1).permute(0, 3, 1, 2)[..., None]
+    ddates = dates * (torch.einsum("btnhd,bsnhd->bhtns", dout, v) + delta)
+    dpositions = positions * (torch.einsum("btnhd,btmhd->bhtnm", dout, v) + delta)
+    dv = torch.einsum("bhtns,btnhd->bsnhd", dates, dout)
+    dv += torch.einsum("bhtnm,btnhd->btmhd", positions, dout)
+    denergies = abs(scale) * dpositions.sum(2)
+    return [
+        out,
+        abs(scale) * torch.einsum("bhtns,bsnhd->btnhd", ddates, k),
+        abs(scale) * torch.einsum("bhtns,btnhd->bsnhd", ddates, q),
+        dv,
+        torch.einsum("bhnm,bmhd->bnhd", denergies, k_median),
+        torch.einsum("bhnm,bnhd->bmhd", denergies, q_median),
+        (ddates.sum(-1) + dpositions.sum(-1)).permute(0, 2, 3, 1),
+    ]
