@@ -113,6 +113,9 @@ CONTRACT_BREAKS = [
     ({"mask": torch.zeros(5, 4)}, "mask must be an int64 tensor, got torch.float32"),
     ({"mask": torch.zeros(4, 5).long()}, r"mask must be \(5, 4\) or \(3, 5, 4\)"),
     ({"mask": torch.full((5, 4), -1)}, r"mask must be in 0 ... 255, got -1 ... -1"),
+    ({"label": torch.zeros(3)}, "label must be an int64 tensor, got torch.float32"),
+    ({"label": torch.zeros(4).long()}, r"label must be \(\) or \(3,\), got \(4,\)"),
+    ({"label": torch.tensor(300)}, "label must be in 0 ... 255, got 300"),
 ]
 
 
@@ -141,6 +144,15 @@ def test_collate_stacks_masks_of_the_series_and_lists_windows():
     batch = collate_series([make(t=t, mask=mask, window=(t, 0)) for t in (1, 3)])
     assert torch.equal(batch["mask"], torch.stack([mask, mask]))
     assert batch["window"] == [(1, 0), (3, 0)]
+
+
+def test_labels_of_dates_are_padded_and_those_of_series_stacked():
+    a, b = make(t=2, label=torch.tensor([0, 1])), make(t=3, label=torch.tensor([1, 1, 0]))
+    for sample in (a, b, make(label=torch.tensor(4))):
+        validate_sample(sample)
+    assert collate_series([a, b])["label"].tolist() == [[0, 1, 255], [1, 1, 0]]
+    series = [make(t=t, label=torch.tensor(t)) for t in (1, 2)]
+    assert collate_series(series)["label"].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(

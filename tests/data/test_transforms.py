@@ -148,3 +148,12 @@ def test_generators_of_neighbours_are_unrelated():
     assert len(first[:, 0].unique()) == len(keys)
     correlation = torch.corrcoef(first) - torch.eye(len(keys))
     assert correlation.abs().max() < 0.6  # 2016 pairs of 64 numbers: 5 sigma
+
+
+def test_temporal_subset_takes_the_labels_of_its_dates():
+    sample = make(t=6)
+    sample["label"] = torch.arange(6)
+    out = TemporalSubset(3)(sample, torch.Generator().manual_seed(0))
+    kept = [sample["dates"].tolist().index(day) for day in out["dates"].tolist()]
+    assert out["label"].tolist() == kept
+    assert TemporalSubset(3)(sample | {"label": torch.tensor(2)}, torch.Generator())["label"] == 2

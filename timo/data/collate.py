@@ -12,7 +12,8 @@ def collate_series(samples: Sequence[dict]) -> dict:
     """Batch samples of the contract, padding each series at its end to the longest.
 
     `image` (B, T, C, H, W) keeps its dtype and is 0 in padded frames, `dates` (B, T) repeat the
-    last date, `valid` (B, T, H, W) is False there, `mask` is (B, H, W), or (B, T, H, W) with 255.
+    last date, `valid` (B, T, H, W) is False there, `mask` is (B, H, W), or (B, T, H, W) with 255,
+    `label` (B,), or (B, T) with 255.
     Other tensors are stacked; `name`, `window` and the like become lists.
     Raises DataError where C, H, W, dtype or keys differ.
     """
@@ -29,10 +30,17 @@ def collate_series(samples: Sequence[dict]) -> dict:
             values = [_pad(v, longest, False) for v in values]
         elif key == "dates":
             values = [_pad(v, longest, v[-1]) for v in values]
-        elif key == "mask" and values[0].ndim == 3:
+        elif by_date(key, values[0]):
             values = [_pad(v, longest, IGNORE_INDEX) for v in values]
         batch[key] = torch.stack(values) if isinstance(values[0], Tensor) else values
     return batch
+
+
+def by_date(key: str, value: object) -> bool:
+    """Whether `value` of a sample has an entry for each date and must be cut and padded with it."""
+    return key in ("image", "dates", "valid") or (
+        isinstance(value, Tensor) and (key, value.ndim) in (("mask", 3), ("label", 1))
+    )
 
 
 def _pad(frames: Tensor, length: int, value) -> Tensor:

@@ -7,6 +7,7 @@ A dataset is a `torch.utils.data.Dataset` whose samples are dicts:
 `dates`    (T,) int64                  days since 1970-01-01, ascending
 `valid`    (T, H, W) bool              True where the pixel is usable
 `mask`     (H, W) or (T, H, W) int64   labels 0 ... 254, 255 = ignore; only where labels exist
+`label`    () or (T,) int64            class of the series, or of each date, 255 = ignore
 `name`     str                         the series that the sample was cut from
 `window`   (row, col)                  upper left pixel, where the sample was cut from a raster
 =========  ==========================  =====================================================
@@ -170,6 +171,21 @@ def validate_sample(sample: dict, bands: Sequence[str] | None = None) -> None:
     need(bool((dates.diff() >= 0).all()), "dates", "ascending", dates.tolist())
     need(valid.dtype == torch.bool, "valid", "bool", valid.dtype)
     need(valid.shape == (t, h, w), "valid", f"({t}, {h}, {w})", tuple(valid.shape))
+    if "label" in sample:
+        label = sample["label"]
+        need(
+            isinstance(label, Tensor) and label.dtype == torch.int64,
+            "label",
+            "an int64 tensor",
+            getattr(label, "dtype", type(label).__name__),
+        )
+        need(label.shape in ((), (t,)), "label", f"() or ({t},)", tuple(label.shape))
+        need(
+            bool(((label >= 0) & (label <= IGNORE_INDEX)).all()),
+            "label",
+            f"in 0 ... {IGNORE_INDEX}",
+            label.tolist(),
+        )
     if "mask" in sample:
         mask = sample["mask"]
         need(

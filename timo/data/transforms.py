@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
+from timo.data.collate import by_date
 from timo.data.contract import SeriesDataset
 
 Transform = Callable[[dict, Generator], dict]
@@ -45,9 +46,7 @@ class TemporalSubset:
         if t <= self.count:
             return sample
         kept = torch.randperm(t, generator=generator)[: self.count].sort().values
-        keys = ["image", "dates", "valid"]
-        if "mask" in sample and sample["mask"].ndim == 3:
-            keys.append("mask")
+        keys = [key for key in sample if by_date(key, sample[key])]
         return sample | {key: sample[key][kept] for key in keys}
 
 

@@ -3,15 +3,21 @@
 from pathlib import Path
 
 from timo.data.readers.common import PublishedSeries
+from timo.data.readers.kuro_siwo import KuroSiwo
 from timo.data.readers.mtlcc import MTLCC
 from timo.data.readers.multiearth import MultiEarth
 from timo.data.readers.multisenge import MultiSenGE
+from timo.data.readers.pastis import Pastis
+from timo.data.readers.sen12_flood import Sen12Flood
 
 # Every reader takes (root, split, ...).
 READERS: dict[str, type[PublishedSeries]] = {
+    "kuro_siwo": KuroSiwo,
     "mtlcc": MTLCC,
     "multiearth": MultiEarth,
     "multisenge": MultiSenGE,
+    "pastis": Pastis,
+    "sen12_flood": Sen12Flood,
 }
 
 
