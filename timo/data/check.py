@@ -48,6 +48,7 @@ class SampleFacts:
     pixels: np.ndarray  # physical (C, n), some of the valid pixels
     thumbnails: list[np.ndarray]  # (h, w, 3) in 0 ... 1, magenta over pixels that are not valid
     masks: list[np.ndarray]  # (h, w) labels, one or one for each thumbnail
+    classes: list[int]  # of the whole series, or of each date
 
 
 @dataclass
@@ -80,7 +81,7 @@ class CheckReport:
             )
         if self.labels:
             counts = (f"{label}: {count}" for label, count in sorted(self.labels.items()))
-            lines.append(f"label pixels {', '.join(counts)}")
+            lines.append(f"labels {', '.join(counts)}")
         return "\n".join([*lines, *map(str, self.problems), "ok" if self.ok else "not ok"])
 
 
@@ -151,6 +152,7 @@ def _facts(sample: dict, dataset: SeriesDataset, nonfinite: list[int]) -> Sample
         pixels=pixels.numpy(),
         thumbnails=_thumbnails(values[small], valid[small], dataset.bands),
         masks=masks,
+        classes=sample["label"].reshape(-1).tolist() if "label" in sample else [],
     )
 
 
@@ -216,13 +218,12 @@ def _judge_values(report: CheckReport, facts: SampleFacts) -> None:
 
 
 def _judge_labels(report: CheckReport, facts: SampleFacts, sample: dict) -> None:
-    if "mask" not in sample:
-        return
-    labels, counts = np.unique(sample["mask"].numpy(), return_counts=True)
-    for label, count in zip(labels.tolist(), counts.tolist()):
-        report.labels[label] = report.labels.get(label, 0) + count
-    if labels.tolist() == [IGNORE_INDEX]:
-        report.add("warning", facts.name, "every label is 255 (ignore)")
+    for key in {"mask", "label"} & sample.keys():
+        labels, counts = np.unique(sample[key].numpy(), return_counts=True)
+        for label, count in zip(labels.tolist(), counts.tolist()):
+            report.labels[label] = report.labels.get(label, 0) + count
+        if labels.tolist() == [IGNORE_INDEX]:
+            report.add("warning", facts.name, "every label is 255 (ignore)")
 
 
 def _judge_units(report: CheckReport, dataset: SeriesDataset) -> None:

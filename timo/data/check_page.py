@@ -38,7 +38,7 @@ def _page(report: CheckReport) -> list[str]:
             ("255 (ignore)" if label == IGNORE_INDEX else label, count, f"{count / total:.2%}")
             for label, count in sorted(report.labels.items())
         ]
-        parts += ["<h2>Labels</h2>", table(("label", "pixels", "share"), rows)]
+        parts += ["<h2>Labels</h2>", table(("label", "count", "share"), rows)]
     if report.samples:
         parts.append(_DATES_HEAD)
     for facts in report.samples[:_SAMPLES]:
@@ -48,7 +48,7 @@ def _page(report: CheckReport) -> list[str]:
 
 _DATES_HEAD = (
     "<h2>Dates</h2><p>One stretch for all dates of a sample; pixels that are not valid are tinted "
-    "magenta. Labels, where there are any, lie below.</p>"
+    "magenta. Labels of pixels lie below; those of dates stand in brackets.</p>"
 )
 _HEAD = ("name", "T, C, H, W", "first", "last", "longest gap", "valid", "worst date", "NaN")
 
@@ -87,8 +87,9 @@ def _histograms(report: CheckReport) -> str:
 def _pictures(facts: SampleFacts) -> str:
     shown = evenly_spaced(len(facts.dates), _DATES)
     by_date = len(facts.masks) == len(facts.dates) > 1
+    dated = len(facts.classes) == len(facts.dates)
     panels = [
-        (f"{facts.dates[i]}  {facts.valid[i]:.0%}",
+        (f"{facts.dates[i]}  {facts.valid[i]:.0%}" + (f"  [{facts.classes[i]}]" if dated else ""),
          [facts.thumbnails[i], *([_colored(facts.masks[i])] if by_date else [])])
         for i in shown
     ]  # fmt: skip
@@ -107,6 +108,8 @@ def _pictures(facts: SampleFacts) -> str:
         axis.axis("off")
     rest = len(facts.dates) - len(shown)
     note = f"<p>{rest} more dates are not shown.</p>" if rest else ""
+    if facts.classes and not dated:
+        note += f"<p>Label {facts.classes[0]}.</p>"
     return image(drawn, f"dates of {facts.name}") + note
 
 

@@ -185,7 +185,7 @@ def load_array(path: Path) -> np.ndarray:
     """The array in an `.npy` file, memory-mapped; DataError naming the file for any other."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(
             f"{path}: cannot be read as a plain NumPy array ({error}); it must be a complete .npy "
             "file of numbers: np.save(path, np.asarray(array, np.float32)), no objects"

@@ -11,6 +11,7 @@ from torch import Tensor
 from timo.data.contract import DataError, with_progress
 from timo.data.dates import parse_date, to_days
 from timo.data.readers.common import (
+    INCOMPLETE,
     SPLITS,
     PublishedSeries,
     choose,
@@ -52,9 +53,12 @@ class KuroSiwo(PublishedSeries):
 
     Args:
         root: folder of the activations.
-        split: "train", "val" or "test": 27, 7 and 10 activations, those that the authors publish.
+        split: "train", "val" or "test": 27, 7 and 10 activations, those that the authors publish;
+            "all" for every activation in `root`.
         labelled: False for the grids without labels, which have no `mask`: for pretraining.
-        activations: those to use in place of the split's, where a copy holds only some.
+        activations: those to use in place of the split's.
+        incomplete: "error", or "skip" to leave out, with a warning, activations and grids that a
+            copy lacks.
         clamp: largest backscatter, as the authors of the data cut it off; None for all values.
         protocol: "sound", or "published" for the scaling behind TiMo's published number: each
             image to its own 0 ... 1, pixels without data among them, all of them valid. It erases
@@ -71,28 +75,34 @@ class KuroSiwo(PublishedSeries):
         split: str = "train",
         labelled: bool = True,
         activations: Sequence[int] | None = None,
+        incomplete: str = "error",
         clamp: float | None = _CLAMP,
         protocol: str = "sound",
     ):
         root = need_folder(root, "a folder for each activation", SOURCE)
-        choose("split", split, SPLITS)
+        choose("split", split, (*SPLITS, "all"))
+        choose("incomplete", incomplete, INCOMPLETE)
         self.protocol = choose("protocol", protocol, ("sound", "published"))
         if clamp is not None and clamp <= 0:
             raise ValueError(f"clamp: must be above 0, got {clamp}")
         self.labelled, self.clamp = labelled, clamp
-        wanted = ACTIVATIONS[split] if activations is None else activations
-        missing = [str(act) for act in wanted if not (root / str(act)).is_dir()]
-        if missing:
-            raise DataError(
-                f"{root}: {len(missing)} of the {len(wanted)} activations of split {split!r} are "
-                f"missing, as {', '.join(missing[:3])}; get them from {SOURCE}, or name those to "
-                "use with activations="
-            )
-        folders = [grid for act in sorted(wanted) for grid in _grids(root / str(act), labelled)]
-        needed = [path for grid in with_progress(folders, "grids") for path in self._needed(grid)]
-        need_files(needed, "files of the grids", SOURCE)
+        if activations is None:
+            held = [int(folder.name) for folder in _folders(root) if folder.name.isdigit()]
+            activations = held if split == "all" else ACTIVATIONS[split]
+        wanted = [root / str(act) for act in sorted(activations)]
+        lacking = [folder for folder in wanted if not folder.is_dir()]
+        need_files(lacking, len(wanted), f"activations of split {split!r}", SOURCE, incomplete)
+        grids = [grid for act in wanted if act not in lacking for grid in _grids(act, labelled)]
+        names, lacking, total = [], [], 0
+        for grid in with_progress(grids, "grids"):
+            needed = self._needed(grid)
+            missing = [path for path in needed if not path.is_file()]
+            lacking, total = lacking + missing, total + len(needed)
+            if not missing:
+                names.append(grid.relative_to(root).as_posix())
+        need_files(lacking, total, "files of the grids", SOURCE, incomplete)
         super().__init__(
-            root, split, [folder.relative_to(root).as_posix() for folder in folders], CLASSES,
+            root, split, names, CLASSES,
             bands=tuple(_BANDS), units="linear" if protocol == "sound" else "share of the range",
         )  # fmt: skip
 
@@ -115,7 +125,9 @@ class KuroSiwo(PublishedSeries):
     def _sample(self, name: str) -> dict:
         folder = self.root / name
         files = _files(folder)
-        need_files(self._needed(folder), "files of the grid", SOURCE)
+        needed = self._needed(folder)
+        missing = [path for path in needed if not path.is_file()]
+        need_files(missing, len(needed), "files of the grid", SOURCE)
         usable, _, grid = read_raster(
             files["MK0", "MNA"], 1, ("uint8", "uint16", "int16", "float32")
         )

@@ -12,6 +12,7 @@ from timo.data.contract import DataError, select_bands
 from timo.data.dates import order_of, parse_date, to_days
 from timo.data.numpy_series import load_array
 from timo.data.readers.common import (
+    INCOMPLETE,
     SPLITS,
     PublishedSeries,
     choose,
@@ -33,6 +34,7 @@ _LABELS = {label: label for label in range(len(CLASSES))} | {19: 255}  # 19: voi
 _OPTICAL = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
 _RADAR = ("VV", "VH", "VV/VH")
 _NODATA = -10000  # of the optical product
+_OFFSETS = {"train": (0, 1, 2), "val": (3,), "test": (4,), "all": (0, 1, 2, 3, 4)}
 
 
 class Pastis(PublishedSeries):
@@ -47,12 +49,13 @@ class Pastis(PublishedSeries):
 
     Args:
         root: folder of the data set.
-        split: "train", "val" or "test".
+        split: "train", "val" or "test"; "all" for all folds.
         fold: which of the five official rotations, 1 ... 5: fold k trains on the folds k, k + 1
             and k + 2, validates on k + 3 and tests on k + 4, counted around from 5 to 1. Published
             results are means over all five.
         sensor: "S2", or of PASTIS-R "S1A" (ascending orbit) or "S1D" (descending).
         select: names of the bands to give out, in that order; None for all.
+        incomplete: "error", or "skip" to leave out, with a warning, patches that a copy lacks.
 
     Raises:
         DataError: naming the file, for what is missing, cannot be read or does not fit together.
@@ -65,23 +68,33 @@ class Pastis(PublishedSeries):
         fold: int = 1,
         sensor: str = "S2",
         select: Sequence[str] | None = None,
+        incomplete: str = "error",
     ):
         root = need_folder(root, "metadata.geojson, DATA_S2 and ANNOTATIONS", SOURCE)
-        choose("split", split, SPLITS)
+        choose("split", split, (*SPLITS, "all"))
+        choose("incomplete", incomplete, INCOMPLETE)
         self.sensor = choose("sensor", sensor, ("S2", "S1A", "S1D"))
         if fold not in range(1, 6):
             raise ValueError(f"fold: must be in 1 ... 5, got {fold}")
         optical = sensor == "S2"
         self._held = _OPTICAL if optical else _RADAR
         self._positions = select_bands(self._held, select)
-        self.folds = {part: _rotated(fold, offsets) for part, offsets in _OFFSETS.items()}
+        self.folds = {
+            part: [(fold - 1 + offset) % 5 + 1 for offset in offsets]
+            for part, offsets in _OFFSETS.items()
+        }
         listed = _patches(root / "metadata.geojson", sensor)
         self._dates = {
             name: dates for name, (its, dates) in listed.items() if its in self.folds[split]
         }
-        arrays = [root / f"DATA_{sensor}" / f"{sensor}_{name}.npy" for name in self._dates]
-        targets = [_target(root, name) for name in self._dates]
-        need_files(arrays + targets, "files of the patches", SOURCE)
+        total, lacking = 2 * len(self._dates), []
+        for name in list(self._dates):
+            array = root / f"DATA_{sensor}" / f"{sensor}_{name}.npy"
+            missing = [path for path in (array, _target(root, name)) if not path.is_file()]
+            lacking += missing
+            if missing:
+                del self._dates[name]
+        need_files(lacking, total, "files of the patches", SOURCE, incomplete)
         super().__init__(
             root, split, self._dates, CLASSES,
             bands=[self._held[i] for i in self._positions],
@@ -146,13 +159,6 @@ class Pastis(PublishedSeries):
             "valid": valid,
             "mask": map_labels(np.asarray(target[0]), _LABELS, path),
         }
-
-
-_OFFSETS = {"train": (0, 1, 2), "val": (3,), "test": (4,)}
-
-
-def _rotated(fold: int, offsets: Sequence[int]) -> tuple[int, ...]:
-    return tuple((fold - 1 + offset) % 5 + 1 for offset in offsets)
 
 
 def _target(root: Path, name: str) -> Path:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timo.data.contract import DataError, select_bands
+from timo.data.contract import DataError, select_bands, with_progress
 from timo.data.dates import parse_date, to_days
 from timo.data.readers.common import (
+    INCOMPLETE,
     SPLITS,
     PublishedSeries,
     choose,
@@ -53,11 +54,12 @@ class Sen12Flood(PublishedSeries):
     Args:
         root: folder of the data set.
         split: "train", "val" or "test", about 70, 10 and 20 % of the places. Places that touch or
-            overlap, by `geo` of the list, are in one part: see `split_places`.
+            overlap, by `geo` of the list, are in one part: see `split_places`. "all" for all.
         sensor: "s2" or "s1".
         select: names of the bands to give out, in that order; None for all.
         size: average the pixels to size x size, as float32; None for the pixels of the files.
             Images of Sentinel-1 differ in size between places and need it to be batched.
+        incomplete: "error", or "skip" to leave out, with a warning, images that a copy lacks.
         protocol: "sound", or "published", whose validation part is its test part: the last fifth
             of the places by name. Published numbers chose their checkpoint on it.
 
@@ -72,10 +74,12 @@ class Sen12Flood(PublishedSeries):
         sensor: str = "s2",
         select: Sequence[str] | None = None,
         size: int | None = None,
+        incomplete: str = "error",
         protocol: str = "sound",
     ):
         root = need_folder(root, "S2list.json, S1list.json and a folder for each place", SOURCE)
-        choose("split", split, SPLITS)
+        choose("split", split, (*SPLITS, "all"))
+        choose("incomplete", incomplete, INCOMPLETE)
         self.sensor = choose("sensor", sensor, ("s2", "s1"))
         choose("protocol", protocol, ("sound", "published"))
         if size is not None and size < 1:
@@ -87,17 +91,27 @@ class Sen12Flood(PublishedSeries):
         self._suffixes = [f"_{band}.tif" if optical else f"_corrected_{band}.tif" for band in bands]
         path = root / f"{sensor.upper()}list.json"
         places = _read_list(path)
-        if protocol == "published":
+        if split == "all":
+            names = list(places)
+        elif protocol == "published":
             last = sorted(places)[round(len(places) * 0.8) :]
             names = [name for name in places if (name in last) == (split != "train")]
         else:
             parts = split_places({name: _box(path, name, held) for name, held in places.items()})
             names = [name for name, part in parts.items() if part == split]
-        self._images = {name: _images(path, root, name, places[name]) for name in names}
-        files = [file for place in self._images.values() for one in place for file in self._of(one)]
-        need_files(files, "files of the images", SOURCE)
+        self._images, lacking, total = {}, [], 0
+        for name in with_progress(names, "places"):
+            images = []
+            for image in _images(path, root, name, places[name]):
+                files = self._of(image)
+                missing = [file for file in files if not file.is_file()]
+                lacking, total = lacking + missing, total + len(files)
+                images += [] if missing else [image]
+            if images:
+                self._images[name] = images
+        need_files(lacking, total, "files of the images", SOURCE, incomplete)
         super().__init__(
-            root, split, names, CLASSES,
+            root, split, self._images, CLASSES,
             bands=bands,
             units="reflectance" if optical else "linear",
             scale=1e-4 if optical else 1.0,
