@@ -1,88 +1,194 @@
 """Everything that needs a GPU, in one command: build, parity, sanitizer, benchmarks.
 
-Usage: python -m benchmarks.gpu --out FOLDER
+Usage: python -m benchmarks.gpu --out FOLDER [--minutes 9.5] [--steps build,parity,...]
 Writes parity.json (which backend passed on which capability; the evidence that `auto` follows
-once it is committed under benchmarks/results), ops.json and log.txt. Without a GPU it says so
-and succeeds.
+once it is committed under benchmarks/results), parity.xml, ops.json, ops.md, ops.png and log.txt,
+each as soon as there is something to write. Without a GPU it says so and succeeds.
 """
 
 import argparse
-import json
+import importlib
+import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from itertools import zip_longest
 from pathlib import Path
+from xml.etree import ElementTree
 
 import torch
 
-from . import harness
-from .ops import temporal_median
+from . import harness, report, runner
+from .ops import OPS, load
 
-BENCHMARKS = [temporal_median]
+STEPS = ("build", "parity", "sanitizer", "benchmarks")
+# Of the time that is left when a step begins, it may take this share.
+SHARE = {"build": 0.4, "parity": 0.55, "sanitizer": 0.25}
+TIMED_OUT = 124
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
-    out = parser.parse_args().out
+    parser.add_argument("--minutes", type=float, default=9.5, help="time for all steps together")
+    parser.add_argument("--steps", default=",".join(STEPS), help="which of them, in their order")
+    options = parser.parse_args()
+    steps = options.steps.split(",")
+    if unknown := set(steps) - set(STEPS):
+        parser.error(f"--steps names {sorted(unknown)}; known are {', '.join(STEPS)}")
     if not torch.cuda.is_available():
         print("make gpu: torch sees no CUDA device, so there is nothing to measure here.")
         print("On a machine with one: make gpu PYTHON=python3 OUT=results")
         return 0
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "log.txt"
-    failed = run(log, sys.executable, "setup.py", "-q", "build_ext", "--inplace")
-    if failed:
-        return failed
-    device = torch.device("cuda")
-    parity = run(log, sys.executable, "-m", "pytest", "tests/ops", f"--junitxml={out}/parity.xml")
-    record = {"environment": harness.environment(device), "passed": passed(out / "parity.xml")}
-    write(out / "parity.json", record)
-    if sanitizer := shutil.which("compute-sanitizer"):
-        command = [sanitizer, "--error-exitcode=9", sys.executable, "-m", "pytest", "tests/ops"]
-        parity |= run(log, *command, "-k", "parity and cuda and position")
-    rows = [row for module in BENCHMARKS for row in module.rows(device)]
-    write(out / "ops.json", {"environment": harness.environment(device), "rows": rows})
-    for row in rows:
-        seconds = row["seconds"]["median"] * 1e6 if row["seconds"] else float("nan")
-        print(f"{row['op']} {row['shape']} {row['name']}: {seconds:.1f} us, "
-              f"{row['of_floor'] or 0:.0%} of the floor")  # fmt: skip
-    return parity
+    options.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * options.minutes
+    device = torch.device("cuda", torch.cuda.current_device())
+    result = 0
+    for step in (s for s in STEPS if s in steps):
+        left = end - time.monotonic()
+        last = not set(STEPS[STEPS.index(step) + 1 :]) & set(steps)
+        limit = left - 20 if last else left * SHARE[step]
+        say(f"{step}: at most {limit:.0f} s")
+        code = globals()[step](options.out, device, limit)
+        say(f"{step}: {'ok' if code == 0 else f'exit code {code}'}")
+        if step == "build" and code:
+            return code
+        result = result or code
+    return result
 
 
-def run(log: Path, *command) -> int:
-    """Run a command from the repository's root, its output shown and kept."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        command, cwd=harness.ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+def build(out: Path, device: torch.device, limit: float) -> int:
+    """The compiled module, for this GPU alone unless TIMO_CUDA_ARCHS asks for others."""
+    major, minor = torch.cuda.get_device_capability(device)
+    arch = f"{major}{minor}{'a' if major == 9 else ''}"
+    code = run(
+        out, limit, sys.executable, "setup.py", "-q", "build_ext", "--inplace",
+        TIMO_CUDA_ARCHS=os.environ.get("TIMO_CUDA_ARCHS", arch),
     )  # fmt: skip
-    print(done.stdout[-3000:])
+    importlib.invalidate_caches()  # timo.kernels may be there only now
+    return code
+
+
+def parity(out: Path, device: torch.device, limit: float) -> int:
+    """Tests of the ops that run on the GPU; what passed is the evidence that `auto` follows."""
+    there = out / "parity.xml"
+    there.unlink(missing_ok=True)
+    workers = ["-n", str(min(14, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    code = run(
+        out, limit, sys.executable, "-m", "pytest", "tests/ops", "-k", "cuda or triton",
+        f"--junitxml={there.resolve()}", *workers, OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    complete = code in (0, 1) and there.exists()
+    record = {
+        "environment": harness.environment(device),
+        "complete": complete,
+        "passed": passed(there) if complete else {},
+        "cases": cases(there) if there.exists() else {},
+    }
+    report.write_json(out / "parity.json", record)
+    for proof, (good, bad) in record["cases"].items():
+        say(f"  {proof}: {good} passed, {bad} did not")
+    return code
+
+
+def sanitizer(out: Path, device: torch.device, limit: float) -> int:
+    """A part of the parity tests under compute-sanitizer, with every block allocated apart."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not os.path.exists(tool):
+        say("  compute-sanitizer was not found: skipped")
+        return 0
+    code = run(
+        out, limit, tool, "--error-exitcode=9", sys.executable, "-m", "pytest", "tests/ops", "-x",
+        "-p", "no:cacheprovider", "-k", "test_parity and position and cuda",
+        PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+    )  # fmt: skip
+    return 0 if code == TIMED_OUT else code  # what it had time for was clean
+
+
+def benchmarks(out: Path, device: torch.device, limit: float) -> int:
+    """The registry in bfloat16: the most telling shapes first, compiled baselines last."""
+    deadline = time.monotonic() + limit - 30  # nothing is begun in the last half minute
+    environment, dtype = harness.environment(device), torch.bfloat16
+    shapes = [[(op, shape) for shape in load(op).SHAPES] for op in OPS]
+    turns = [case for turn in zip_longest(*shapes) for case in turn if case]
+    rows: list[dict] = []
+    for compiled in (False, True):
+        for op, shape in turns:
+            if time.monotonic() > deadline:
+                say("  the time is over: what follows was left out")
+                break
+            problem = load(op).problem(shape, dtype, device)
+            names = [*problem.calls, *problem.skipped]
+            names = [name for name in dict.fromkeys(names) if ("compiled" in name) == compiled]
+            for row in runner.run(
+                op, shape, dtype, device, problem, names=names, budget=0.2, deadline=deadline
+            ):
+                rows.append(row)
+                say(f"  {' '.join(report.cells(row | {'speedup': {}})[:3])}  {op} {shape}")
+            del problem
+            torch.cuda.empty_cache()
+            report.write(out, environment, rows, plot=False)
+    report.write(out, environment, rows)
+    wrong = [row for row in rows if row["ours"] and (row["note"] or "").startswith("wrong")]
+    return 1 if wrong else 0
+
+
+def run(out: Path, limit: float, *command, **variables: str) -> int:
+    """Run a command from the repository's root; its output goes to log.txt, its end is shown."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
+    log = out / "log.txt"
     with log.open("a") as file:
-        file.write(f"$ {' '.join(map(str, command))}\n{done.stdout}\nexit {done.returncode}\n")
-    return done.returncode
+        file.write(f"$ {' '.join(map(str, command))}\n")
+        file.flush()
+        start = file.tell()
+        process = subprocess.Popen(
+            command, cwd=harness.ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
+        try:
+            code = process.wait(max(10, limit))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # pytest still writes its report
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            code = TIMED_OUT
+        file.write(f"exit {code}\n")
+    with log.open() as file:
+        file.seek(start)
+        say(file.read()[-1500:])
+    return code
 
 
-def passed(report: Path) -> dict[str, list[str]]:
-    """Backends of each op all of whose parity cases on a CUDA device ran and passed."""
-    from xml.etree import ElementTree
-
-    outcome: dict[tuple[str, str], bool] = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        op = case.get("classname").rsplit(".", 1)[-1].removeprefix("test_")
-        for backend in ("triton", "cuda"):
-            if f"{backend}-cuda-" in case.get("name"):
-                good = not any(child.tag in ("failure", "error", "skipped") for child in case)
-                outcome[op, backend] = outcome.get((op, backend), True) and good
-    ops = sorted({op for op, _ in outcome})
-    return {op: [b for b in ("triton", "cuda") if outcome.get((op, b))] for op in ops}
+def passed(path: Path) -> dict[str, list[str]]:
+    """Backends of each op whose tests on a GPU ran and passed, all of them."""
+    proven: dict[str, list[str]] = {}
+    for proof, (_, bad) in cases(path).items():
+        op, backend = proof.split()
+        proven.setdefault(op, []).extend([] if bad else [backend])
+    return proven
 
 
-def write(path: Path, record: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
+def cases(path: Path) -> dict[str, list[int]]:
+    """ "op backend": tests that passed, and that did not, of a JUnit report.
+
+    Tests say what they are evidence for in a property (tests/ops/conftest.py).
+    """
+    counts: dict[str, list[int]] = {}
+    for case in ElementTree.parse(path).iter("testcase"):
+        bad = any(child.tag in ("failure", "error", "skipped") for child in case)
+        for item in case.iter("property"):
+            if item.get("name") == "proves":
+                counts.setdefault(item.get("value"), [0, 0])[bad] += 1
+    return dict(sorted(counts.items()))
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

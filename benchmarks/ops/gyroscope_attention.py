@@ -1,91 +1,84 @@
-"""gyroscope_attention: backends against the direct form and the factored reference.
+"""gyroscope_attention: its backends, and what PyTorch offers (gyroscope_baselines.py).
 
-Floor: the products of the factored form, 2 N^2 D H (1 + T) FLOP forward and (3 + 2T) backward,
-at the rate of a square matrix product in the same dtype and run.
+Floor: the products of the factored form, 2 N^2 D H (1 + T) FLOP forward and (3 + 2T) backward, at
+the rate of a square matrix product in the same dtype and run; or the least traffic at the rate of
+a copy, where that takes longer.
 """
 
 import sys
-from collections.abc import Iterator
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from timo.ops import dispatch, gyroscope_attention
 
 from .. import harness
+from ..runner import Problem
+from . import gyroscope_baselines as baselines
 
 module = sys.modules["timo.ops.gyroscope_attention"]
-
-# (B, T, N, H, D): base stages 1 and 2 at 224 x 224.
-SHAPES = [(8, 3, 3136, 4, 32), (8, 10, 3136, 4, 32), (8, 3, 784, 8, 32), (8, 10, 784, 8, 32)]
-
-
-def rows(device: torch.device) -> Iterator[dict]:
-    """One row per shape, dtype, direction and implementation, timed only if it is right."""
-    dtypes = (torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16)
-    for dtype in dtypes:
-        for shape in SHAPES:
-            if device.type == "cpu":
-                shape = (1, *shape[1:])
-            yield from _shape_rows(device, dtype, shape)
+LAYOUT = "B,T,N,H,D"
+# Base stages 1 and 2 and large stage 1 at 224 x 224, base stages 1 and 2 at 512 x 512.
+STAGES = [(8, 3136, 4, 32), (8, 784, 8, 32), (8, 3136, 6, 64), (1, 16384, 4, 32), (1, 4096, 8, 32)]
+SHAPES = [(B, T, N, H, D) for T in (10, 3, 38, 1) for B, N, H, D in STAGES]
+CPU_SHAPES = [(1, T, N, H, D) for T in (10, 3, 1) for _, N, H, D in STAGES[:2]]
 
 
-def _shape_rows(device, dtype, shape) -> Iterator[dict]:
+def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Problem:
     B, T, N, H, D = shape
-    inputs = [torch.randn(shape, device=device).mul(0.5).to(dtype) for _ in range(3)]
-    inputs += [x.median(1).values for x in inputs[:2]]
-    inputs += [torch.rand(shape[:4], device=device).to(dtype)]
-    cotangent = torch.randn(shape, device=device).to(dtype)
-    leaves = [x.requires_grad_() for x in inputs]
+    leaves, cotangent = inputs(shape, dtype, device)
     request = dispatch.Request(device, dtype, T, D)
-    names = [n for n, b in module.FORWARD.backends.items() if not b.refusals(request)]
-    calls = {name: partial(gyroscope_attention, *leaves, backend=name) for name in names}
-    expected = _results(calls["reference"], leaves, cotangent)
-    products = 2 * N * N * D * H * B
-    for direction, flop in (("forward", 1 + T), ("backward", 3 + 2 * T)):
-        rate = harness.matmul_rate(device, dtype)
-        floor = products * flop / rate
-        for name, call in (*calls.items(), ("direct", partial(_direct, *leaves))):
-            parity = _close(_results(call, leaves, cotangent), expected)
-            timing = _measure(direction, call, leaves, cotangent, device) if parity else None
-            yield harness.row(
-                op="gyroscope_attention", shape=list(shape), dtype=str(dtype), name=name,
-                direction=direction, parity=parity, seconds=timing, floor_seconds=floor,
-                of_floor=floor / timing.median if timing else None,
-            )  # fmt: skip
+    refusals = {name: b.refusals(request) for name, b in module.FORWARD.backends.items()}
+    backends = tuple(name for name, why in refusals.items() if not why)
+    calls = {name: _one(partial(gyroscope_attention, backend=name), leaves) for name in backends}
+    torch._dynamo.reset()  # code compiled for other shapes
+    others = baselines.implementations(device.type)
+    calls |= {name: _one(function, leaves) for name, function in others.items()}
+    skipped = {name: "; ".join(why) for name, why in refusals.items() if why}
+    if device.type == "cpu":
+        skipped["flex-compiled"] = "flex_attention gives no log-sum-exp on CPUs"
+    there = harness.available_memory(device)
+    needs = {"direct": baselines.direct_bytes(shape), "factored": baselines.factored_bytes(shape)}
+    for name in others:
+        needed = needs.get(name.removesuffix("-compiled"), 0)
+        if needed > 0.9 * there:
+            skipped[name] = f"needs about {needed / 2**30:.0f} GiB; {there / 2**30:.0f} are free"
+
+    def exact():
+        wide = [x.detach().double().requires_grad_() for x in leaves]
+        out = gyroscope_attention(*wide, backend="reference")
+        return [out.detach()], list(torch.autograd.grad(out, wide, cotangent.double()))
+
+    product = 2.0 * B * N * N * H * D
+    series, queries = B * T * N * H * D * dtype.itemsize, B * T * N * H * 4
+    flop = {"forward": product * (1 + T), "backward": product * (3 + 2 * T)}
+    traffic = {  # q, k, v, out; the same, the incoming and three outgoing gradients; medians, gate
+        "forward": series * (4 + 2 / T) + 2 * queries,
+        "backward": series * (8 + 4 / T) + 3 * queries,
+    }
+    for least in (flop, traffic):
+        least["both"] = least["forward"] + least["backward"]
+    return Problem(
+        calls, backends, leaves, [cotangent], exact, flop, traffic,
+        baseline=("direct", "factored", "reference"), skipped=skipped,
+    )  # fmt: skip
 
 
-def _measure(direction, call, leaves, cotangent, device) -> harness.Timing:
-    if direction == "forward":
-        with torch.no_grad():
-            return harness.measure(call, device)
-    out = call()
-    return harness.measure(
-        lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True), device
-    )
+def inputs(shape, dtype, device) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Leaves with the strides that the layer's projections give, and a cotangent."""
+    B, T, N, H, D = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size):
+        return torch.randn(size, generator=generator).to(device)
+
+    q = draw(B, T, N, H, D).mul_(0.5).to(dtype)
+    k, v = draw(B, T, N, 2, H, D).mul_(0.5).to(dtype).unbind(3)
+    gate = draw(B, T, N, H).relu_().to(torch.promote_types(dtype, torch.float32))
+    leaves = [q, k, v, q.median(1).values, k.median(1).values, gate]
+    return [x.requires_grad_() for x in leaves], draw(B, T, N, H, D).to(dtype)
 
 
-def _results(call, leaves, cotangent) -> list[Tensor]:
-    out = call()
-    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
-
-
-def _close(got: list[Tensor], expected: list[Tensor]) -> bool:
-    """Every result within one percent (float32: 1e-4) of the reference, in the mean square."""
-    limit = 1e-4 if got[0].dtype == torch.float32 else 1e-2
-    pairs = [(x.double(), y.double()) for x, y in zip(got, expected)]
-    return all((x - y).norm() <= limit * y.norm() for x, y in pairs)
-
-
-def _direct(q, k, v, q_median, k_median, gate) -> Tensor:
-    """The published form: all T - 1 + N energies of every query, one softmax."""
-    T = q.shape[1]
-    temporal = torch.einsum("btnhd,bsnhd->bthns", q, k)
-    own = torch.eye(T, dtype=torch.bool, device=q.device)[None, :, None, None]
-    temporal = temporal.masked_fill(own, -torch.inf)
-    spatial = torch.einsum("bnhd,bmhd->bhnm", q_median, k_median)
-    spatial = spatial[:, None] + gate.transpose(2, 3)[..., None]
-    weights = torch.cat([temporal, spatial.to(q.dtype)], -1).softmax(-1)
-    out = torch.einsum("bthns,bsnhd->btnhd", weights[..., :T], v)
-    return out + torch.einsum("bthnm,btmhd->btnhd", weights[..., T:], v)
+def _one(function, leaves):
+    """A call of `function` that gives its output as the only one of several."""
+    return lambda: (function(*leaves),)

@@ -1,9 +1,9 @@
-"""temporal_median: backends against torch.median and a sort, with the copy floor.
+"""temporal_median: backends and torch.median against the copy floor.
 
-Floor: x is read once, values and int64 indices are written once.
+Floor: x is read once, values and int64 indices are written once; backward reads the gradient and
+the indices, and writes the gradient of x.
 """
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -11,35 +11,37 @@ import torch
 from timo import ops
 from timo.ops.temporal_median import FORWARD
 
-from .. import harness
+from ..runner import Problem
 
-# (B, T, N, H, D): queries of base stages 1 and 2 at 224 x 224.
-SHAPES = [(8, 3, 3136, 4, 32), (8, 10, 3136, 4, 32), (8, 38, 784, 8, 32)]
+LAYOUT = "B,T,N,H,D"
+# Queries of base stages 1 and 2 at 224 x 224.
+SHAPES = [(8, 10, 3136, 4, 32), (8, 3, 3136, 4, 32), (8, 38, 784, 8, 32)]
+CPU_SHAPES = [(1, *shape[1:]) for shape in SHAPES]
 
 
-def rows(device: torch.device) -> Iterator[dict]:
-    """One row per shape, dtype and implementation; a backend is timed only if it is right."""
-    rate = harness.copy_rate(device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for B, T, N, H, D in SHAPES:
-        if device.type == "cpu":
-            B = 1
-        x = torch.randn(B, T, N, H, D, device=device).to(dtype)
-        expected = ops.temporal_median(x, backend="reference")
-        channels = B * N * H * D
-        floor = (channels * (T + 1) * x.element_size() + channels * 8) / rate
-        calls = {
-            name: partial(ops.temporal_median, x, backend=name)
-            for name in FORWARD.backends
-            if not FORWARD.backends[name].refusals(FORWARD.request(x))
-        }
-        parity = {name: all(map(torch.equal, call(), expected)) for name, call in calls.items()}
-        calls["torch.median"] = partial(x.median, 1)
-        for name, call in calls.items():
-            green = parity.get(name, True)
-            timing = harness.measure(call, device) if green else None
-            yield harness.row(
-                op="temporal_median", shape=[B, T, N, H, D], dtype=str(dtype), name=name,
-                parity=green, seconds=timing, floor_seconds=floor,
-                of_floor=floor / timing.median if timing else None,
-            )  # fmt: skip
+def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Problem:
+    B, T, N, H, D = shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+    cotangent = torch.randn((B, N, H, D), generator=generator).to(device, dtype)
+    request = FORWARD.request(x)
+    refusals = {name: b.refusals(request) for name, b in FORWARD.backends.items()}
+    backends = tuple(name for name, why in refusals.items() if not why)
+    calls = {name: partial(ops.temporal_median, x, backend=name) for name in backends}
+    calls["torch.median"] = lambda: (x.median(1).values,)
+
+    def exact():
+        values, indices = ops.temporal_median(x, backend="reference")
+        (grad,) = torch.autograd.grad(values, x, cotangent)
+        return [values.detach(), indices], [grad]
+
+    channels = B * N * H * D
+    moved = channels * ((T + 1) * x.element_size() + 8)
+    return Problem(
+        calls, backends, [x], [cotangent], exact,
+        flop=dict.fromkeys(("forward", "backward", "both"), 0.0),
+        traffic={"forward": moved, "backward": moved, "both": 2 * moved},
+        baseline=("torch.median", "reference"),
+        skipped={name: "; ".join(why) for name, why in refusals.items() if why},
+        forward_only={"torch.median": "its gradient may go to any of several equal dates"},
+    )  # fmt: skip

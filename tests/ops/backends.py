@@ -37,3 +37,19 @@ def share(cases: list, backend: str, device: str, turn: int) -> list[tuple[int, 
     numbered = list(enumerate(cases))
     slow = backend == dispatch.TRITON and device == "cpu"
     return numbered[turn % 3 :: 3] if slow else numbered
+
+
+def proves(item) -> str | None:
+    """Op and backend that a test is evidence for, as "temporal_median triton"; None off GPUs.
+
+    Backend and device are parameters of the test or constants of its module, BACKEND and DEVICE.
+    """
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    backend, device = (
+        parameters.get(name, getattr(item.module, name.upper(), None))
+        for name in ("backend", "device")
+    )
+    op = getattr(item.module, "FORWARD", None)
+    if op is None or backend is None or device != "cuda":
+        return None
+    return f"{op.name} {backend}"

@@ -11,6 +11,7 @@ from timo.ops import dispatch, gyroscope_attention
 from timo.ops.gyroscope_attention import BACKWARD, FORWARD
 
 pytest.importorskip("triton")
+BACKEND = "triton"
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 if DEVICE == "cuda" and not torch.cuda.is_available():
     pytest.skip("no GPU, and TRITON_INTERPRET is not 1", allow_module_level=True)
