@@ -9,12 +9,12 @@ from lightning.pytorch import Trainer
 from torch.utils.data import Dataset
 
 from timo.cli.parsing import series_parser
-from timo.tasks import SeriesData, load_segmenter, predict_series
+from timo.tasks import SeriesData, load_segmenter, load_task, predict_series
 from timo.tasks.runs import write_json
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """Measure a fine-tuned model on labelled series: IoU, F1, accuracy."""
+    """Measure a fine-tuned model on labelled series: IoU (of maps), F1, accuracy."""
     parser = series_parser("timo evaluate", evaluate.__doc__)
     parser.add_argument("--run", type=str, required=True, help="folder of `timo finetune`")
     parser.add_argument("--data", type=Dataset, required=True, help="labelled series")
@@ -23,9 +23,12 @@ def evaluate(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=str, default=None, help="JSON file of the figures")
     options = parser.parse_args(arguments)
     dataset = parser.instantiate(options).data
-    if "mask" not in dataset[0]:
-        raise ValueError("data: its samples have no mask; add mask rasters or labels=")
-    task = load_segmenter(options.run, dataset)
+    task = load_task(options.run, dataset)
+    if task.target not in dataset[0]:
+        raise ValueError(
+            f"data: its samples have no {task.target}, which a {task.kind} run needs; add mask "
+            "rasters or labels=, or use another data set"
+        )
     trainer = Trainer(accelerator=options.accelerator, logger=False, devices=1)
     data = SeriesData(test=dataset, batch_size=options.batch_size)
     (figures,) = trainer.test(task, datamodule=data, verbose=False)

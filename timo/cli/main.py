@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "pretrain": ("timo.cli.training", "pretrain", "pretrain on unlabelled series"),
-    "finetune": ("timo.cli.training", "finetune", "fine-tune for segmentation"),
+    "finetune": ("timo.cli.training", "finetune", "fine-tune for segmentation or classification"),
     "evaluate": ("timo.cli.inference", "evaluate", "measure a fine-tuned model on labelled series"),
     "predict": ("timo.cli.inference", "predict", "map whole rasters to GeoTIFF"),
     "data simulate": ("timo.cli.data", "simulate", "write simulated series with truth"),

@@ -7,9 +7,11 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer, seed_everything
 
 from timo.cli.parsing import training_parser
-from timo.tasks import PretrainingTask, SegmentationTask, SeriesData
+from timo.data.collate import by_date
+from timo.tasks import ClassificationTask, PretrainingTask, SegmentationTask, SeriesData
 from timo.tasks.base import SeriesTask
 from timo.tasks.runs import fit, open_run
+from timo.tasks.supervised import SupervisedTask
 
 
 def pretrain(arguments: Sequence[str]) -> int:
@@ -23,26 +25,39 @@ def pretrain(arguments: Sequence[str]) -> int:
 
 
 def finetune(arguments: Sequence[str]) -> int:
-    """Fine-tune for segmentation, from pretrained weights or from scratch."""
-    derived = {"per_frame", "classes"}
-    parser = training_parser("timo finetune", finetune.__doc__, SegmentationTask, derived)
-    parser.add_argument("--task.classes", type=list[str] | None, help="names, in label order")
-    options = parser.parse_args(arguments)
+    """Fine-tune from pretrained weights or from scratch.
+
+    Samples with a mask are segmented, those with a label are classified; `task.*` are the arguments
+    of SegmentationTask or ClassificationTask, which differ in their defaults only.
+    """
+    parser, options = _finetuning(SegmentationTask, arguments)
     data, normalisation = _data(parser, options)
-    mask = data.train[0].get("mask")
-    if mask is None:
+    sample = data.train[0]
+    kind = SegmentationTask if "mask" in sample else ClassificationTask
+    if kind.target not in sample:
         raise ValueError(
-            "data.train: its samples have no mask; add mask.tif, <date>_mask.tif or labels="
+            "data.train: its samples have neither mask nor label; add mask.tif, <date>_mask.tif or "
+            "labels="
         )
-    described = options.task.as_dict() | {"per_frame": mask.ndim == 3}
+    if kind is ClassificationTask:
+        parser, options = _finetuning(kind, arguments)  # its own defaults
+    labels = sample[kind.target]
+    described = options.task.as_dict() | {"per_frame": by_date(kind.target, labels)}
     described["classes"] = described["classes"] or _classes(data)
     if not described["classes"]:
         raise ValueError('task.classes: name the classes of the labels, as ["land", "water"]')
-    task = SegmentationTask(data.train.bands, **normalisation, **described)
+    task = kind(data.train.bands, **normalisation, **described)
     if task.pretrained_report:
         print(task.pretrained_report)
     _train(task, data, parser, options)
     return 0
+
+
+def _finetuning(task: type[SupervisedTask], arguments: Sequence[str]):
+    """(parser, options) of `timo finetune` with the defaults of `task`."""
+    parser = training_parser("timo finetune", finetune.__doc__, task, {"per_frame", "classes"})
+    parser.add_argument("--task.classes", type=list[str] | None, help="names, in label order")
+    return parser, parser.parse_args(arguments)
 
 
 def _classes(data: SeriesData) -> tuple[str, ...] | None:

@@ -13,20 +13,22 @@ from torch.utils.data import DataLoader, Subset
 from timo import load_checkpoint
 from timo.data import IGNORE_INDEX, DataError, GeoTiffWriter, blend, collate_series
 from timo.data.contract import SeriesDataset
+from timo.tasks.classification import ClassificationTask
 from timo.tasks.data import compact_valid
 from timo.tasks.runs import MODEL, TASK
 from timo.tasks.segmentation import SegmentationTask
+from timo.tasks.supervised import SupervisedTask
 
 
-def load_segmenter(run: str | Path, dataset: SeriesDataset) -> SegmentationTask:
-    """The segmenter that a run left, in evaluation mode, set to read `dataset`'s raw units.
+def load_task(run: str | Path, dataset: SeriesDataset) -> SupervisedTask:
+    """The task that a run left, in evaluation mode, set to read `dataset`'s raw units.
 
     Args:
         run: folder with model.safetensors and task.json, as `timo finetune` leaves it.
         dataset: what it will read; must have the bands that it was trained on.
 
     Raises:
-        DataError: the folder holds no finished segmentation run, or bands differ.
+        DataError: the folder holds no finished run of `timo finetune`, or bands differ.
     """
     run = Path(run)
     for name in (MODEL, TASK):
@@ -34,11 +36,21 @@ def load_segmenter(run: str | Path, dataset: SeriesDataset) -> SegmentationTask:
             raise DataError(f"{run / name}: does not exist; give the folder of a finished run")
     described = json.loads((run / TASK).read_text())
     if "classes" not in described:
-        raise DataError(f"{run / TASK}: is of a pretraining run; fine-tune it for segmentation")
-    task = SegmentationTask(scale=dataset.scale, offset=dataset.offset, **described)
+        raise DataError(f"{run / TASK}: is of a pretraining run; fine-tune it with labels")
+    tasks = {task.kind: task for task in (SegmentationTask, ClassificationTask)}
+    kind = tasks[described.pop("kind")]
+    task = kind(scale=dataset.scale, offset=dataset.offset, **described)
     task.read_from(dataset)
     load_checkpoint(task.model, run / MODEL)
     return task.eval()
+
+
+def load_segmenter(run: str | Path, dataset: SeriesDataset) -> SegmentationTask:
+    """As `load_task`; DataError where the run's model gives no maps."""
+    task = load_task(run, dataset)
+    if not isinstance(task, SegmentationTask):
+        raise DataError(f"{Path(run) / TASK}: is of a {task.kind} run, which maps nothing")
+    return task
 
 
 @torch.inference_mode()

@@ -1,0 +1,148 @@
+"""Classification of series and of dates, below the command and through it."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.data.fixtures import sen12_flood
+from timo.cli import main
+from timo.data import DataError, collate_series
+from timo.data.readers import Sen12Flood
+from timo.tasks import ClassificationTask, SegmentationTask, load_segmenter, load_task
+from timo.tasks.data import compact_valid
+from timo.tasks.runs import save_model
+
+SMALL = {"embed_dims": [8, 8, 16, 16], "num_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1]}
+UNITS = {"mean": [0.2, 0.3], "deviation": [0.1, 0.2], "scale": [1.0, 1.0], "offset": [0.0, 0.0]}
+
+
+def classification(**options) -> ClassificationTask:
+    options = {"model_options": SMALL, "classes": ("a", "b", "c"), **options}
+    return ClassificationTask(("x", "y"), **UNITS, model="timo_tiny", **options)
+
+
+def batch_of(per_frame=True, t=3):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "image": torch.randn(2, t, 2, 32, 32, generator=generator),
+        "dates": torch.arange(2 * t).view(2, t),
+        "valid": torch.ones(2, t, 32, 32, dtype=torch.bool),
+        "label": torch.tensor([[0, 1, 2], [2, 255, 1]]) if per_frame else torch.tensor([2, 0]),
+    }
+
+
+@pytest.mark.parametrize("per_frame", [False, True])
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
+def test_loss_is_cross_entropy_of_what_is_labelled(per_frame, weights):
+    torch.manual_seed(0)
+    task = classification(per_frame=per_frame, class_weights=weights).eval()
+    batch = batch_of(per_frame)
+    logits = task(batch)
+    assert logits.shape == ((2, 3, 3) if per_frame else (2, 3))
+    expected = F.cross_entropy(
+        logits.reshape(-1, 3), batch["label"].reshape(-1),
+        None if weights is None else torch.tensor(weights), ignore_index=255,
+    )  # fmt: skip
+    torch.testing.assert_close(task.loss(logits, task.labels_of(batch)), expected)
+    assert task.loss(logits, torch.full_like(batch["label"], 255)) == 0
+
+
+@pytest.mark.parametrize("form", ["none", "dates", "pixels"])
+def test_dates_without_a_valid_pixel_are_left_out(form):
+    task = classification(per_frame=True)
+    batch = batch_of()
+    if form != "none":
+        batch["valid"][0, 1] = False
+    if form == "pixels":
+        batch["valid"][1, 2, :16] = False
+    batch["valid"] = compact_valid(batch["valid"])
+    assert (batch["valid"] is None) == (form == "none")
+    labels = task.labels_of(batch)
+    assert labels.tolist() == [[0, 1 if form == "none" else 255, 2], [2, 255, 1]]
+    assert batch["label"][0, 1] == 1, "the batch itself was changed"
+
+
+def test_padded_dates_change_nothing():
+    torch.manual_seed(0)
+    task = classification(per_frame=True).eval()
+    one = {"image": torch.randn(2, 2, 32, 32), "dates": torch.arange(2), "name": "a"}
+    one |= {"valid": torch.ones(2, 32, 32, dtype=torch.bool), "label": torch.tensor([0, 2])}
+    longer = {k: v.repeat(2, *[1] * (v.ndim - 1)) for k, v in one.items() if k != "name"}
+    batch = collate_series([one, longer | {"dates": torch.arange(4), "name": "b"}])
+    batch["valid"] = compact_valid(batch["valid"])
+    alone = collate_series([one]) | {"valid": None}
+    with torch.no_grad():
+        padded, plain = task(batch)[:1, :2], task(alone)
+    torch.testing.assert_close(padded, plain, atol=1e-5, rtol=1e-5)
+    assert task.labels_of(batch)[0].tolist() == [0, 2, 255, 255]
+
+
+def test_labels_and_model_must_agree():
+    batch, series = batch_of(), batch_of(per_frame=False)
+    with pytest.raises(ValueError, match="labels of series need per_frame=False"):
+        classification().loss(torch.randn(2, 3), batch["label"])
+    with pytest.raises(ValueError, match="labels of dates per_frame=True"):
+        classification(per_frame=True).loss(torch.randn(2, 3, 3), series["label"])
+
+
+def test_metrics_against_counts():
+    task = classification(per_frame=True)
+    labels = torch.tensor([[0, 0, 1, 1, 1, 255]])
+    predicted = torch.tensor([[0, 1, 1, 1, 0, 1]])
+    logits = F.one_hot(predicted, 3).float()
+    task.test_metrics.update(*task.flat(logits, labels))
+    values = task.test_metrics.compute()
+    assert values["test/accuracy"] == pytest.approx(3 / 5)
+    assert values["test/f1"].tolist() == pytest.approx([0.5, 2 / 3, 0.0])
+    assert values["test/mean_f1"] == pytest.approx((0.5 + 2 / 3) / 2)  # class 2 does not occur
+
+
+def test_a_task_is_loaded_as_what_it_is(tmp_path):
+    class Data:
+        bands, scale, offset = ("x", "y"), torch.ones(2), torch.zeros(2)
+
+    task = classification(per_frame=True).eval()
+    save_model(task, tmp_path)
+    again = load_task(tmp_path, Data)
+    assert isinstance(again, ClassificationTask) and again.per_frame
+    batch = batch_of()
+    torch.testing.assert_close(again(batch), task(batch))
+    with pytest.raises(DataError, match="classification run, which maps nothing"):
+        load_segmenter(tmp_path, Data)
+    (tmp_path / "b").mkdir()
+    options = {"model_options": SMALL, "classes": ("a", "b"), "model": "timo_tiny"}
+    save_model(SegmentationTask(("x", "y"), **UNITS, **options), tmp_path / "b")
+    assert isinstance(load_segmenter(tmp_path / "b", Data), SegmentationTask)
+
+
+def test_the_commands_choose_classification(tmp_path, capsys):
+    sen12_flood.write(tmp_path / "data", size=32)
+
+    def run(*arguments):
+        return main([str(a) for a in arguments])
+
+    def data(name, split):
+        options = {"root": tmp_path / "data", "split": split, "select": "[B04, B08]"}
+        return [f"--{name}", "Sen12Flood"] + [
+            part for key, value in options.items() for part in (f"--{name}.{key}", value)
+        ]
+
+    out = tmp_path / "run"
+    assert run(
+        "finetune", "--out", out, *data("data.train", "train"), *data("data.val", "val"),
+        "--data.batch_size", 2, "--data.dates", 3, "--task.model", "timo_tiny",
+        "--task.model_options", json.dumps(SMALL), "--trainer.max_steps", 2,
+        "--trainer.accelerator", "cpu", "--trainer.enable_model_summary", "false",
+    ) == 0, capsys.readouterr().err  # fmt: skip
+    said = capsys.readouterr().out
+    assert "val/accuracy" in said and "val/f1/flood" in said
+    described = json.loads((out / "task.json").read_text())
+    assert described["kind"] == "classification" and described["per_frame"]
+    assert described["classes"] == list(Sen12Flood(tmp_path / "data").classes)
+    assert "weight_decay: 0.05" in (out / "config.yaml").read_text()
+    scores = tmp_path / "scores.json"
+    assert run("evaluate", "--run", out, *data("data", "test"), "--accelerator", "cpu",
+               "--out", scores) == 0, capsys.readouterr().err  # fmt: skip
+    assert {"test/accuracy", "test/f1/flood", "test/mean_f1"} <= set(json.loads(scores.read_text()))

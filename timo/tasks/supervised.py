@@ -1,0 +1,133 @@
+"""What segmentation and classification share: classes, loss, metrics, pretrained weights."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from timo import create_model, load_checkpoint
+from timo.data import IGNORE_INDEX, physical
+from timo.tasks.base import SeriesTask
+
+
+class SupervisedTask(SeriesTask):
+    """A model that gives logits of classes, and labels to compare them with.
+
+    Subclasses say in `kind` which model of `timo.create_model` it is and in `target` which key of
+    a sample holds the labels, and define `flat` and `metrics`.
+
+    Args:
+        bands, mean, deviation, scale, offset, model, model_options: see SeriesTask.
+        learning_rate, weight_decay, betas, warmup, schedule: see SeriesTask.
+        classes: names of the classes, in the order of their labels; 255 is ignored.
+        per_frame: labels for every date, not for the series.
+        pretrained: checkpoint to start from: a run's model.safetensors, or published weights.
+        class_weights: weights of the classes in the cross-entropy; equal if None.
+    """
+
+    kind: str
+    target: str
+
+    def __init__(
+        self,
+        bands: Sequence[str],
+        mean: Sequence[float] | Tensor,
+        deviation: Sequence[float] | Tensor,
+        scale: Sequence[float] | Tensor,
+        offset: Sequence[float] | Tensor,
+        classes: Sequence[str],
+        per_frame: bool,
+        model: str,
+        model_options: dict[str, Any] | None,
+        pretrained: str | None,
+        class_weights: list[float] | None,
+        learning_rate: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        warmup: float,
+        schedule: str,
+    ):
+        super().__init__(
+            bands, mean, deviation, scale, offset, model, model_options,
+            learning_rate, weight_decay, betas, warmup, schedule,
+        )  # fmt: skip
+        self.classes, self.per_frame = tuple(classes), per_frame
+        if class_weights is not None and len(class_weights) != len(self.classes):
+            raise ValueError(
+                f"class_weights has {len(class_weights)} values; it must have one for each of the "
+                f"{len(self.classes)} classes {self.classes}"
+            )
+        self.model = create_model(
+            model, task=self.kind, in_chans=len(self.bands), num_classes=len(self.classes),
+            per_frame=per_frame, **self.model_options,
+        )  # fmt: skip
+        self.pretrained_report = load_checkpoint(self.model, pretrained) if pretrained else None
+        weights = None if class_weights is None else torch.tensor(class_weights)
+        self.register_buffer("class_weights", weights)
+        self.val_metrics = self.metrics().clone("val/")
+        self.test_metrics = self.metrics().clone("test/")
+
+    def metrics(self) -> MetricCollection:
+        """What validation and test measure, over labels other than 255."""
+        raise NotImplementedError
+
+    def flat(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames as further samples. Raises ValueError where `per_frame` and labels disagree."""
+        raise NotImplementedError
+
+    def labels_of(self, batch: dict) -> Tensor:
+        """The labels of a batch, 255 where there is none."""
+        return batch[self.target]
+
+    def forward(self, batch: dict) -> Tensor:
+        """Logits (B, [T,] classes[, H, W]) of raw pixels: with T per frame."""
+        frames = physical(batch["image"], *self.input_units())
+        return self.model(frames, batch["dates"], batch["valid"])
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of what is labelled, 0 where nothing is."""
+        logits, labels = self.flat(logits, labels)
+        labelled = labels != IGNORE_INDEX
+        total = F.cross_entropy(
+            logits.float(), labels, self.class_weights, ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        weight = labelled.float()
+        if self.class_weights is not None:
+            weight = weight * self.class_weights[labels.where(labelled, 0)]
+        return total / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
+
+    def description(self) -> dict:
+        described = {"kind": self.kind, "classes": self.classes, "per_frame": self.per_frame}
+        return super().description() | described
+
+    def training_step(self, batch: dict, index: int) -> Tensor:
+        loss = self.loss(self(batch), self.labels_of(batch))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["image"]))
+        return loss
+
+    def validation_step(self, batch: dict, index: int) -> None:
+        logits, labels = self(batch), self.labels_of(batch)
+        loss, size = self.loss(logits, labels), len(batch["image"])
+        self.log("val/loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
+        self.val_metrics.update(*self.flat(logits, labels))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log(self.val_metrics)
+
+    def test_step(self, batch: dict, index: int) -> None:
+        self.test_metrics.update(*self.flat(self(batch), self.labels_of(batch)))
+
+    def on_test_epoch_end(self) -> None:
+        self._log(self.test_metrics)
+
+    def _log(self, metrics: MetricCollection) -> None:
+        for name, value in metrics.compute().items():
+            if value.ndim == 0:
+                self.log(name, value)
+                continue
+            for label, one in zip(self.classes, value):
+                self.log(f"{name}/{label}", one)
+        metrics.reset()
