@@ -6,7 +6,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from timo.cli.parsing import series_parser
-from timo.data import SimulatedSeries, check_dataset
+from timo.data import SimulatedSeries, check_dataset, open_series
 from timo.data.simulate import write_series
 
 
@@ -26,13 +26,19 @@ def simulate(arguments: Sequence[str]) -> int:
 
 
 def check(arguments: Sequence[str]) -> int:
-    """Check a data set and write a page about it; exit code 1 if it is not fit for training."""
+    """Check a data set and write a page about it; exit code 1 if it is not fit for training.
+
+    Of a store every file is compared with its checksum.
+    """
     parser = series_parser("timo data check", check.__doc__)
-    parser.add_argument("--data", type=Dataset, required=True, help="as RasterSeries")
+    parser.add_argument("path", nargs="?", default=None, help="a data set that opens by its path")
+    parser.add_argument("--data", type=Dataset | None, help="any other, as RasterSeries")
     parser.add_argument("--out", type=str, default=None, help="HTML page to write")
     parser.add_argument("--max_samples", type=int, default=16, help="samples to read")
     options = parser.parse_args(arguments)
-    dataset = parser.instantiate(options).data
+    if (options.path is None) == (options.data is None):
+        raise ValueError("path: name one data set, by its path or with --data")
+    dataset = open_series(options.path) if options.path else parser.instantiate(options).data
     report = check_dataset(dataset, options.out, max_samples=options.max_samples)
     print(report)
     return 0 if report.ok else 1

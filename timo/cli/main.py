@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": ("timo.cli.inference", "evaluate", "measure a fine-tuned model on labelled series"),
     "predict": ("timo.cli.inference", "predict", "map whole rasters to GeoTIFF"),
     "data simulate": ("timo.cli.data", "simulate", "write simulated series with truth"),
+    "data build-pretraining": ("timo.cli.build", "build_pretraining", "store for pretraining"),
     "data check": ("timo.cli.data", "check", "look at a data set: gaps, units, labels; HTML page"),
     "info": ("timo.cli.info", "info", "installation, devices, and which backend runs each op"),
     "demo": ("timo.cli.demo", "demo", "the whole road on a real series, with a report"),
@@ -21,7 +22,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-    lines = [f"  timo {name:14s} {help}" for name, (_, _, help) in COMMANDS.items()]
+    lines = [f"  timo {name:22s} {help}" for name, (_, _, help) in COMMANDS.items()]
     return "\n".join(["usage: timo COMMAND [--help] [options]", "", *lines])
 
 

@@ -13,6 +13,8 @@ DATASETS = (
     timo.data.RasterSeries,
     timo.data.NumpySeries,
     timo.data.SimulatedSeries,
+    timo.data.StoreSeries,
+    timo.data.PublishedSeries,
     *timo.data.READERS.values(),
 )
 # What the run's folder decides by itself.

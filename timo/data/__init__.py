@@ -18,8 +18,10 @@ from timo.data.contract import (
 from timo.data.indices import mndwi, normalized_difference, open_water
 from timo.data.numpy_series import NumpySeries
 from timo.data.opening import open_series
+from timo.data.published import PublishedSeries
 from timo.data.rasters import RasterSeries
 from timo.data.readers import READERS, open_dataset
+from timo.data.store import StoreSeries
 from timo.data.transforms import TemporalSubset, TransformedSeries, random_flip, random_rotate90
 from timo.data.windows import GeoTiffWriter, blend, grid_windows
 
@@ -33,9 +35,11 @@ __all__ = [
     "DataError",
     "GeoTiffWriter",
     "NumpySeries",
+    "PublishedSeries",
     "RasterSeries",
     "SeriesDataset",
     "SimulatedSeries",
+    "StoreSeries",
     "TemporalSubset",
     "TransformedSeries",
     "blend",

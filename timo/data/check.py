@@ -90,7 +90,8 @@ def check_dataset(
 ) -> CheckReport:
     """Read samples of a dataset of the contract and report what they hold and what is wrong.
 
-    Reads at most `max_samples`, evenly spaced. A sample that cannot be read is an error of the
+    Reads at most `max_samples`, evenly spaced; of a store, all bytes are compared with their
+    checksums first. A sample that cannot be read is an error of the
     report, not an exception. With `out` the report is also written as one HTML page with pictures
     of every date (needs matplotlib); its folder must exist.
     """
@@ -98,6 +99,9 @@ def check_dataset(
     report = CheckReport(len(dataset), bands, units)
     if len(dataset) == 0:
         report.add("error", "dataset", "holds no sample")
+    if hasattr(dataset, "verify"):
+        for text in dataset.verify():
+            report.add("error", "checksum", text)
     digests: dict[bytes, str] = {}
     for index in evenly_spaced(len(dataset), max_samples):
         try:

@@ -8,15 +8,18 @@ from torch import Tensor
 from timo.data.contract import IGNORE_INDEX, DataError
 
 
-def collate_series(samples: Sequence[dict]) -> dict:
+def collate_series(samples: Sequence[dict] | dict) -> dict:
     """Batch samples of the contract, padding each series at its end to the longest.
 
     `image` (B, T, C, H, W) keeps its dtype and is 0 in padded frames, `dates` (B, T) repeat the
     last date, `valid` (B, T, H, W) is False there, `mask` is (B, H, W), or (B, T, H, W) with 255,
     `label` (B,), or (B, T) with 255.
     Other tensors are stacked; `name`, `window` and the like become lists.
+    What is a batch already (a dict, see `LocationSeries.batch`) is returned as it is.
     Raises DataError where C, H, W, dtype or keys differ.
     """
+    if isinstance(samples, dict):
+        return samples
     first = samples[0]
     for sample in samples[1:]:
         _same(first, sample)

@@ -7,6 +7,7 @@ generator, for each sample of a batch anew, so the result does not depend on the
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
@@ -65,6 +66,8 @@ class TransformedSeries(Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -75,6 +78,12 @@ class TransformedSeries(Dataset):
         for transform in self.transforms:
             sample = transform(sample, generator)
         return sample | {"key": torch.tensor(generator.initial_seed())}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict] | dict:
+        # With nothing to change, the data set may make the batch without a copy for each sample.
+        if not self.transforms and hasattr(self.dataset, "__getitems__"):
+            return self.dataset.__getitems__(indices)
+        return [self[index] for index in indices]
 
     def __getattr__(self, name: str):
         if name == "dataset" or name.startswith("__"):  # while unpickling there is no dataset yet
@@ -92,6 +101,21 @@ def sample_generator(seed: int, epoch: int, index: int) -> Generator:
         key = (key ^ (key >> 27)) * 0x94D049BB133111EB % 2**64
         key ^= key >> 31
     return Generator().manual_seed(key % 2**63)
+
+
+def sample_uniforms(seed: int, epoch: int, indices: Sequence[int], count: int) -> np.ndarray:
+    """float64 (len(indices), count) uniform in [0, 1); row i depends on (seed, epoch, indices[i]).
+
+    For whole batches at once, where a generator for each sample would cost more than its pixels.
+    """
+    key = np.zeros((len(indices), 1), np.uint64)
+    for part in (seed, epoch, np.asarray(indices, np.int64)[:, None], np.arange(count)):
+        part = part % 2**64 if isinstance(part, int) else part
+        key = key + np.asarray(part).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        key ^= key >> np.uint64(31)
+    return (key >> np.uint64(11)) * 2.0**-53
 
 
 def _coins(sample: dict, generator: Generator) -> Tensor:
