@@ -184,8 +184,8 @@ class _Source:
 def load_array(path: Path) -> np.ndarray:
     """The array in an `.npy` file, memory-mapped; DataError naming the file for any other."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        return np.lib.format.open_memmap(path, mode="r")  # refuses objects, so reads no pickle
+    except Exception as error:  # a damaged header fails in many ways
         raise DataError(
             f"{path}: cannot be read as a plain NumPy array ({error}); it must be a complete .npy "
             "file of numbers: np.save(path, np.asarray(array, np.float32)), no objects"
