@@ -10,7 +10,7 @@ from tests.data.corpora import DATES, scene, write_published_layout, write_seco
 from tests.data.writers import TRANSFORM, Affine, frames, write_rasters, write_tif
 from timo.data import (
     DataError,
-    PublishedSeries,
+    PublishedCorpus,
     RasterSeries,
     SimulatedSeries,
     StoreSeries,
@@ -238,7 +238,7 @@ def test_order_does_not_depend_on_the_file_system(tmp_path, shuffled_listing, ki
 
     def source():
         if kind == "published":
-            return SeriesSource(PublishedSeries(root))
+            return SeriesSource(PublishedCorpus(root))
         return {"seco": SecoSource, "rasters": RasterSource}[kind](root, 24, None)
 
     build_store(source(), tmp_path / "a")
@@ -249,7 +249,7 @@ def test_order_does_not_depend_on_the_file_system(tmp_path, shuffled_listing, ki
 
 
 def test_other_settings_other_folders_and_other_builders(tmp_path):
-    series = PublishedSeries(write_published_layout(tmp_path / "in"))
+    series = PublishedCorpus(write_published_layout(tmp_path / "in"))
     build_store(SeriesSource(series), tmp_path / "store", dates=8)
     before = tree(tmp_path / "store")
     build_store(SeriesSource(series), tmp_path / "store", dates=8)  # nothing left to do
@@ -268,7 +268,7 @@ def test_other_settings_other_folders_and_other_builders(tmp_path):
 
 
 def test_a_failing_disk_is_no_rejection(tmp_path, monkeypatch):
-    series = PublishedSeries(write_published_layout(tmp_path / "in"))
+    series = PublishedCorpus(write_published_layout(tmp_path / "in"))
 
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.data.corpora import DATES, write_published_layout, write_seco
-from timo.data import PublishedSeries, StoreSeries
+from timo.data import PublishedCorpus, StoreSeries
 from timo.data.building import SecoSource, SeriesSource, build_store, builder
 
 
@@ -76,7 +76,7 @@ def test_twenty_random_moments(tmp_path, small_shards):
 
 def test_every_step(tmp_path, small_shards, monkeypatch):
     """Killed before and after each file takes or loses its name."""
-    source = SeriesSource(PublishedSeries(write_published_layout(tmp_path / "in", 5, size=16)))
+    source = SeriesSource(PublishedCorpus(write_published_layout(tmp_path / "in", 5, size=16)))
     calls = []
     steps = ("replace", "unlink", "rmdir", "fsync")
     real = {name: getattr(os, name) for name in steps}

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from tests.data.corpora import DATES, scene, write_published_layout
-from timo.data import DataError, PublishedSeries, StoreSeries, open_series, validate_sample
+from timo.data import DataError, PublishedCorpus, StoreSeries, open_series, validate_sample
 from timo.data.building import SeriesSource, build_store
 from timo.data.published import write_published
 
@@ -15,7 +15,7 @@ def layout(tmp_path):
 
 def test_read_as_it_is(layout):
     series = open_series(layout)
-    assert isinstance(series, PublishedSeries) and len(series) == 3
+    assert isinstance(series, PublishedCorpus) and len(series) == 3
     assert series.bands == ("B04", "B03", "B02")
     for index in range(3):
         sample = series[index]
@@ -37,7 +37,7 @@ def test_frames_are_sorted_by_date_and_pixels_without_data_are_not_valid(layout)
     pixels = np.load(layout / "000001.npy")
     pixels[4, :, 3, 5] = 0
     np.save(layout / "000001.npy", pixels)
-    series = PublishedSeries(layout, tile=24, dates=10)
+    series = PublishedCorpus(layout, tile=24, dates=10)
     sample = series[1]
     assert np.array_equal(sample["image"], pixels[::-1]) and (sample["dates"].diff() > 0).all()
     assert (~sample["valid"]).nonzero().tolist() == [[5, 3, 5]]
@@ -45,9 +45,9 @@ def test_frames_are_sorted_by_date_and_pixels_without_data_are_not_valid(layout)
 
 
 def test_written_and_read_again(layout, tmp_path):
-    build_store(SeriesSource(PublishedSeries(layout)), tmp_path / "store")
+    build_store(SeriesSource(PublishedCorpus(layout)), tmp_path / "store")
     write_published(StoreSeries(tmp_path / "store"), tmp_path / "out")
-    for a, b in zip(PublishedSeries(layout), PublishedSeries(tmp_path / "out"), strict=True):
+    for a, b in zip(PublishedCorpus(layout), PublishedCorpus(tmp_path / "out"), strict=True):
         assert a["name"] == b["name"]
         assert all(torch.equal(a[key], b[key]) for key in ("image", "dates", "valid"))
     header, row, *_ = (tmp_path / "out/dates.csv").read_text().splitlines()
@@ -78,12 +78,12 @@ def rewrite(table, old, new):
 def test_bad_tables(layout, old, new, message):
     rewrite(layout / "dates.csv", old, new)
     with pytest.raises(DataError, match=message):
-        PublishedSeries(layout)
+        PublishedCorpus(layout)
 
 
 def test_bad_dates_are_named_when_read(layout):
     rewrite(layout / "dates.csv", "\n2,20160105,", "\n2,someday,")
-    series = PublishedSeries(layout)
+    series = PublishedCorpus(layout)
     with pytest.raises(DataError, match="location 000002: 'someday' is none of"):
         series[2]
 
@@ -98,7 +98,7 @@ def test_bad_dates_are_named_when_read(layout):
 )
 def test_bad_arrays(layout, array, message):
     np.save(layout / "000002.npy", array, allow_pickle=True)
-    series = PublishedSeries(layout)
+    series = PublishedCorpus(layout)
     with pytest.raises(DataError, match=message):
         series[2]
 
@@ -115,7 +115,7 @@ def test_hostile_pickles_are_not_run(layout):
         content = (layout / name).read_bytes()
         np.save(layout / name, np.array([Hostile()], object), allow_pickle=True)
         with pytest.raises(DataError, match="cannot be read as a plain NumPy array"):
-            PublishedSeries(layout)[2]
+            PublishedCorpus(layout)[2]
         (layout / name).write_bytes(content)
     assert not Hostile.ran
 
@@ -123,6 +123,6 @@ def test_hostile_pickles_are_not_run(layout):
 def test_truncated_array_in_a_build_is_a_counted_rejection(layout, tmp_path):
     content = (layout / "000001.npy").read_bytes()
     (layout / "000001.npy").write_bytes(content[: len(content) // 2])
-    report = build_store(SeriesSource(PublishedSeries(layout)), tmp_path / "store")
+    report = build_store(SeriesSource(PublishedCorpus(layout)), tmp_path / "store")
     assert report["locations"] == {"candidates": 3, "accepted": 2, "unreadable": 1}
     assert "000001.npy: cannot be read" in (tmp_path / "store/rejected.csv").read_text()

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.data.corpora import scene, write_published_layout, write_seco
-from timo.data import DataError, PublishedSeries, StoreSeries, check_dataset, validate_sample
+from timo.data import DataError, PublishedCorpus, StoreSeries, check_dataset, validate_sample
 from timo.data.building import SecoSource, SeriesSource, build_store
 from timo.data.store import sha256
 
@@ -27,7 +27,7 @@ def published(tmp_path_factory):
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, published):
     root = tmp_path_factory.mktemp("s") / "store"
-    build_store(SeriesSource(PublishedSeries(published)), root)
+    build_store(SeriesSource(PublishedCorpus(published)), root)
     return root
 
 
@@ -85,7 +85,7 @@ def test_changed_arrays_of_the_published_layout(published, change):
     try:
         path.write_bytes(spoil(whole, *change))
         try:
-            sample = PublishedSeries(published)[1]
+            sample = PublishedCorpus(published)[1]
         except DataError as error:
             assert "000001.npy" in str(error)
         else:  # the layout has no checksums: pixels may differ, never their number or type
@@ -103,7 +103,7 @@ def test_changed_tables_of_the_published_layout(published, change):
     try:
         path.write_bytes(spoil(whole, *change))
         try:
-            series = PublishedSeries(published)
+            series = PublishedCorpus(published)
             for index in range(len(series)):
                 validate_sample(series[index])
         except DataError as error:

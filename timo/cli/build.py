@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from timo.cli.parsing import series_parser
-from timo.data import PublishedSeries, SimulatedSeries, StoreSeries
+from timo.data import PublishedCorpus, SimulatedSeries, StoreSeries
 from timo.data.building import RasterSource, SecoSource, SeriesSource, Source, build_store
 from timo.data.published import write_published
 from timo.data.store import REJECTED
@@ -57,6 +57,6 @@ def _source(options) -> Source:
     root = Path(options.root)
     if options.source == "published":
         bands = {"bands": options.bands} if options.bands else {}
-        return SeriesSource(PublishedSeries(root, **bands))
+        return SeriesSource(PublishedCorpus(root, **bands))
     kind = SecoSource if options.source == "seco" else RasterSource
     return kind(root, options.size, options.bands, options.dtype)

@@ -14,7 +14,7 @@ DATASETS = (
     timo.data.NumpySeries,
     timo.data.SimulatedSeries,
     timo.data.StoreSeries,
-    timo.data.PublishedSeries,
+    timo.data.PublishedCorpus,
     *timo.data.READERS.values(),
 )
 # What the run's folder decides by itself.

@@ -18,7 +18,7 @@ from timo.data.contract import (
 from timo.data.indices import mndwi, normalized_difference, open_water
 from timo.data.numpy_series import NumpySeries
 from timo.data.opening import open_series
-from timo.data.published import PublishedSeries
+from timo.data.published import PublishedCorpus
 from timo.data.rasters import RasterSeries
 from timo.data.readers import READERS, open_dataset
 from timo.data.store import StoreSeries
@@ -35,7 +35,7 @@ __all__ = [
     "DataError",
     "GeoTiffWriter",
     "NumpySeries",
-    "PublishedSeries",
+    "PublishedCorpus",
     "RasterSeries",
     "SeriesDataset",
     "SimulatedSeries",

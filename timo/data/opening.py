@@ -4,13 +4,13 @@ from pathlib import Path
 
 from timo.data.contract import DataError, SeriesDataset
 from timo.data.numpy_series import NumpySeries
-from timo.data.published import PublishedSeries
+from timo.data.published import PublishedCorpus
 from timo.data.rasters import RasterSeries
 from timo.data.store import MANIFEST, StoreSeries
 
 
 def open_series(path: str | Path, **options) -> SeriesDataset:
-    """RasterSeries, NumpySeries, StoreSeries or PublishedSeries, by what `path` holds.
+    """RasterSeries, NumpySeries, StoreSeries or PublishedCorpus, by what `path` holds.
 
     `path` is a folder, an `.npy` file or the CSV of the published pretraining layout; `options`
     go to the class. Raises DataError where `path` holds none of them, or rasters beside arrays.
@@ -21,7 +21,7 @@ def open_series(path: str | Path, **options) -> SeriesDataset:
     if (path / MANIFEST).exists():
         return StoreSeries(path, **options)
     if path.suffix == ".csv" or (any(path.glob("*.csv")) and any(path.glob("*[0-9].npy"))):
-        return PublishedSeries(path, **options)
+        return PublishedCorpus(path, **options)
 
     def holds(pattern: str) -> bool:
         return any(path.glob(pattern)) or any(path.glob(f"*/{pattern}"))

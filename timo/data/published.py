@@ -17,7 +17,7 @@ from timo.data.store import StoreSeries
 _MOST_MAPS = 512  # memory-mapped files a process holds at a time
 
 
-class PublishedSeries(LocationSeries):
+class PublishedCorpus(LocationSeries):
     """Folder of `NNNNNN.npy` (T, C, H, W) with a CSV `loc,t1 ... tT`, read as it is.
 
     The published corpus holds uint8 (10, 3, 264, 264), red, green, blue; other sizes and numbers
