@@ -16,6 +16,7 @@ from timo.data.contract import (
     validate_sample,
 )
 from timo.data.indices import mndwi, normalized_difference, open_water
+from timo.data.loading import LocationLoader
 from timo.data.numpy_series import NumpySeries
 from timo.data.opening import open_series
 from timo.data.published import PublishedCorpus
@@ -34,6 +35,7 @@ __all__ = [
     "READERS",
     "DataError",
     "GeoTiffWriter",
+    "LocationLoader",
     "NumpySeries",
     "PublishedCorpus",
     "RasterSeries",
