@@ -39,6 +39,19 @@ def place_kernel(p_ids, p_places, K, units, step, BLOCK: tl.constexpr):
     tl.store(p_places + b * units + u, tl.where(found, place, -1), mask=u < units)
 
 
+@triton.jit
+def physical(
+    p_x, p_scale, p_offset, c, x_c, m_c, m_x, HAS_SCALE: tl.constexpr, HAS_OFFSET: tl.constexpr
+):
+    """Pixels after scale and offset, [BANDS, BLOCK], of bands c [BANDS]; p_x is at band 0."""
+    value = tl.load(p_x[None, :] + c.to(tl.int64)[:, None] * x_c, mask=m_x, other=0).to(tl.float32)
+    if HAS_SCALE:
+        value *= tl.load(p_scale + c, mask=m_c, other=0.0)[:, None]
+    if HAS_OFFSET:
+        value += tl.load(p_offset + c, mask=m_c, other=0.0)[:, None]
+    return value
+
+
 @triton.jit(do_not_specialize=(*SIZES, *X_STRIDES, *V_STRIDES))
 def gather_kernel(
     p_x, p_ids, p_places, p_scale, p_offset, p_valid, p_tiles,
@@ -75,15 +88,11 @@ def gather_kernel(
     for start in range(0, C, BANDS):
         c = start + tl.arange(0, BANDS)
         m_c = c < C
-        o_c = c.to(tl.int64)[:, None]  # [BANDS, 1]
         m_x = m_c[:, None] & m[None, :]  # [BANDS, BLOCK]
-        value = tl.load(p_x[None, :] + o_c * x_c, mask=m_x, other=0).to(tl.float32)
-        if HAS_SCALE:
-            value *= tl.load(p_scale + c, mask=m_c, other=0.0)[:, None]
-        if HAS_OFFSET:
-            value += tl.load(p_offset + c, mask=m_c, other=0.0)[:, None]
+        value = physical(p_x, p_scale, p_offset, c, x_c, m_c, m_x, HAS_SCALE, HAS_OFFSET)
         value = tl.where(m_x, value, 0.0).to(p_tiles.dtype.element_ty)
-        tl.store(p_tiles[None, :] + o_c * (SIZE * SIZE), value, mask=m_c[:, None] & m_p[None, :])
+        p_band = p_tiles[None, :] + c.to(tl.int64)[:, None] * (SIZE * SIZE)
+        tl.store(p_band, value, mask=m_c[:, None] & m_p[None, :])
 
 
 @triton.jit(do_not_specialize=(*SIZES, *V_STRIDES))
@@ -146,7 +155,7 @@ def forward(frames, ids, scale, offset, valid, unit, before, after, dtype) -> Te
     """Tiles of `timo.ops.gather_units.reference`, on the frames' device."""
     B, T, C, H, W = frames.shape
     K, size = ids.shape[1], before + unit + after
-    ids = ids.contiguous()
+    ids, scale, offset = map(near, (ids, scale, offset))
     tiles = torch.empty((B, K, C, size, size), dtype=dtype, device=frames.device)
     with torch.cuda.device_of(frames):
         where = places(ids, unit_count(T, H, W, unit))
@@ -163,11 +172,11 @@ def forward(frames, ids, scale, offset, valid, unit, before, after, dtype) -> Te
 def backward(grad, ids, scale, valid, dates, height, width, unit, before, after, dtype) -> Tensor:
     """Gradient of the frames, as `timo.ops.gather_units.reference_backward`."""
     B, K, C = grad.shape[:3]
-    grad = grad.contiguous()
+    grad, ids, scale = map(near, (grad, ids, scale))
     out = torch.empty((B, dates, C, height, width), dtype=dtype, device=grad.device)
     units = unit_count(dates, height, width, unit)
     with torch.cuda.device_of(grad):
-        where = places(ids.contiguous(), units)
+        where = places(ids, units)
         usable, strides = validity(valid, out)
         gather_backward_kernel[(units * triton.cdiv(unit**2, PIXELS), B)](
             grad, where, scale, usable, out,
@@ -194,6 +203,11 @@ def validity(valid: Tensor | None, frames: Tensor) -> tuple[Tensor | None, tuple
     if valid.ndim == 2:
         valid = valid[:, :, None, None].expand(*frames.shape[:2], *frames.shape[3:])
     return valid.view(torch.uint8), valid.stride()
+
+
+def near(x: Tensor | None) -> Tensor | None:
+    """x without gaps, which all but frames and validity must be."""
+    return None if x is None else x.contiguous()
 
 
 def bands(C: int) -> dict[str, int]:

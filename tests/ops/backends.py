@@ -28,15 +28,19 @@ def skip_reason(backend: str, device: str) -> str | None:
     return None
 
 
+def slow(backend: str, device: str) -> bool:
+    """Whether a case runs in Triton's interpreter."""
+    return backend == dispatch.TRITON and device == "cpu"
+
+
 def share(cases: list, backend: str, device: str, turn: int) -> list[tuple[int, object]]:
-    """Numbered cases to run: all, or every third of them in Triton's interpreter, which is slow.
+    """Numbered cases to run: all, or every third of them where that is slow.
 
     Tests that pass the sum of their parameters' places as `turn` still show every case to every
-    value of each parameter that has at least three.
+    value of each parameter, if another one has three values.
     """
     numbered = list(enumerate(cases))
-    slow = backend == dispatch.TRITON and device == "cpu"
-    return numbered[turn % 3 :: 3] if slow else numbered
+    return numbered[turn % 3 :: 3] if slow(backend, device) else numbered
 
 
 def proves(item) -> str | None:

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import timo
-from tests.ops.backends import cases, skip_reason
+from tests.ops.backends import cases, share, skip_reason, slow
 from tests.ops.test_gather_units import draw_ids, spread
 from tests.ops.test_gather_units import make as make_frames
 from tests.tolerance import assert_close
 from timo.ops import dispatch, masked_pixel_loss
-from timo.ops.checks import RAW
+from timo.ops.checks import FLOATS, RAW
 from timo.ops.masked_pixel_loss import FORWARD
 
 CASES = [  # B, T, C, H, W, unit, -, M
@@ -76,8 +76,12 @@ def check(got, exact, name=""):
 def test_parity(backend, device, dtype, kind, norm, poisoned):
     if why := skip_reason(backend, device):
         pytest.skip(why)
-    for seed, case in enumerate(CASES):
-        for frames_dtype in RAW if seed == 1 else (torch.uint16, torch.float32):
+    turn = KINDS.index(kind) + NORMS.index(norm) + FLOATS.index(dtype)
+    for seed, case in share(CASES, backend, device, turn):
+        frames_dtypes = RAW if seed == 1 else (torch.uint16, torch.float32)
+        if slow(backend, device):
+            frames_dtypes = (RAW[(turn + KINDS.index(kind)) % len(RAW)],)
+        for frames_dtype in frames_dtypes:
             unit = case[5]
             args = make(case, kind, dtype, frames_dtype, seed)
             pred, frames, ids, scale, offset, valid = args

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from timo.ops import dispatch
 from timo.ops.checks import FLOATS, RAW, check_same, check_shape, check_tensor
-from timo.ops.dispatch import REFERENCE, Backend, Request
+from timo.ops.dispatch import REFERENCE, TRITON, Backend, Request
 from timo.ops.gather_units import (
     check_id_values,
     check_ids,
@@ -146,6 +146,18 @@ def residual(pred: Tensor, target: Tensor, usable: Tensor, mean: Tensor, rstd: T
     return torch.where(usable, pred.to(target.dtype) - normalised, 0)
 
 
+def _triton(*inputs):
+    from timo.kernels import masked_pixel_loss as kernels
+
+    return kernels.forward(*inputs)
+
+
+def _triton_backward(*inputs):
+    from timo.kernels import masked_pixel_loss as kernels
+
+    return kernels.backward(*inputs)
+
+
 def _request(pred, *_, **__) -> Request:
     return Request(pred.device, pred.dtype)
 
@@ -154,16 +166,19 @@ def _request_backward(grad, pred, *_, **__) -> Request:
     return _request(pred)
 
 
+HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")
 FORWARD = dispatch.register(
     "masked_pixel_loss",
     _request,
     Backend(REFERENCE, reference, ANY_DEVICE, FLOATS),
+    Backend(TRITON, _triton, dispatch.triton_devices(), HALF_AND_SINGLE),
 )
 BACKWARD = dispatch.register(
     "masked_pixel_loss_backward",
     _request_backward,
     Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
+    Backend(TRITON, _triton_backward, dispatch.triton_devices(), HALF_AND_SINGLE),
 )
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from timo.ops import dispatch
 from timo.ops.checks import FLOATS, check_same, check_shape, check_tensor
-from timo.ops.dispatch import REFERENCE, Backend, Request
+from timo.ops.dispatch import REFERENCE, TRITON, Backend, Request
 from timo.ops.gather_units import check_id_values, check_ids
 from timo.ops.library import define
 
@@ -70,20 +70,35 @@ def reference_backward(
     return grad.gather(1, index), masked.to(mask_dtype)
 
 
+def _triton(*inputs):
+    from timo.kernels import scatter_units as kernels
+
+    return kernels.forward(*inputs)
+
+
+def _triton_backward(*inputs):
+    from timo.kernels import scatter_units as kernels
+
+    return kernels.backward(*inputs)
+
+
 def _request(tokens, *_, **__) -> Request:
     return Request(tokens.device, tokens.dtype)
 
 
+HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")
 FORWARD = dispatch.register(
     "scatter_units",
     _request,
     Backend(REFERENCE, reference, ANY_DEVICE, FLOATS),
+    Backend(TRITON, _triton, dispatch.triton_devices(), HALF_AND_SINGLE),
 )
 BACKWARD = dispatch.register(
     "scatter_units_backward",
     _request,
     Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
+    Backend(TRITON, _triton_backward, dispatch.triton_devices(), HALF_AND_SINGLE),
 )
 
 
