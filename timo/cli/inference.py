@@ -35,7 +35,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     for name, value in figures.items():
         print(f"{name.removeprefix('test/'):24s} {value:.4f}")
     if options.out:
-        write_json(Path(options.out), figures)
+        write_json(Path(options.out), figures | {"data": data.splits()["test"]})
     return 0
 
 

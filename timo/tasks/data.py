@@ -56,6 +56,22 @@ class SeriesData(LightningDataModule):
         for name, other in (("val", val), ("test", test)):
             if train is not None and other is not None:
                 _same_bands(train, name, other)
+        _disjoint({"train": train, "val": val, "test": test})
+
+    def splits(self) -> dict[str, dict]:
+        """What each part holds; for published data sets the split with its hash."""
+        train = None if self.train is None else self.train.dataset
+        parts = {"train": train, "val": self.val, "test": self.test}
+        return {
+            part: {
+                "dataset": type(dataset).__name__,
+                "samples": len(dataset),
+                "split": getattr(dataset, "split", None),
+                "split_hash": getattr(dataset, "split_hash", None),
+            }
+            for part, dataset in parts.items()
+            if dataset is not None
+        }
 
     def normalisation(self) -> dict[str, Tensor]:
         """Mean and deviation of `train`, and its raw units: what tasks need to read pixels."""
@@ -150,3 +166,16 @@ def _same_bands(train: Dataset, name: str, other: Dataset) -> None:
                 f"{name}: has {what} {getattr(other, what).tolist()} but train has "
                 f"{getattr(train, what).tolist()}; both must be in the same raw units"
             )
+
+
+def _disjoint(parts: dict[str, Dataset | None]) -> None:
+    """No sample of a published data set may be in two parts."""
+    seen: dict[tuple, str] = {}
+    for part, dataset in parts.items():
+        for name in getattr(dataset, "names", ()):
+            first = seen.setdefault((type(dataset), name), part)
+            if first != part:
+                raise DataError(
+                    f"{part}: holds sample {name!r} of {dataset.root}, which {first} holds too; a "
+                    'score would be of pixels learned from: use another split=, as split="test"'
+                )

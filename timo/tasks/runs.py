@@ -17,6 +17,7 @@ from timo.tasks.base import SeriesTask
 from timo.tasks.data import SeriesData
 
 MODEL, TASK, CONFIG, LAST = "model.safetensors", "task.json", "config.yaml", "checkpoints/last.ckpt"
+SPLITS = "splits.json"
 
 
 def open_run(out: Path, config: str, seed: int, resume: bool) -> None:
@@ -65,8 +66,10 @@ def fit(task: SeriesTask, data: SeriesData, out: Path, resume: bool = False, **o
 
     Returns:
         The trainer. `out` then holds model.safetensors and task.json (see `save_model`),
-        logs/metrics.csv, TensorBoard's events, and checkpoints/last.ckpt to resume from.
+        logs/metrics.csv, TensorBoard's events, checkpoints/last.ckpt to resume from, and
+        splits.json: what it learned from and watched, with the hashes of published splits.
     """
+    write_json(out / SPLITS, data.splits())
     folder = out / "checkpoints"
     keep = {"enable_version_counter": False}
     callbacks = [
