@@ -60,18 +60,17 @@ class SeriesData(LightningDataModule):
 
     def splits(self) -> dict[str, dict]:
         """What each part holds; for published data sets the split with its hash."""
-        train = None if self.train is None else self.train.dataset
-        parts = {"train": train, "val": self.val, "test": self.test}
-        return {
-            part: {
-                "dataset": type(dataset).__name__,
-                "samples": len(dataset),
-                "split": getattr(dataset, "split", None),
-                "split_hash": getattr(dataset, "split_hash", None),
-            }
-            for part, dataset in parts.items()
-            if dataset is not None
-        }
+        record = {}
+        for part, held in (("train", self.train), ("val", self.val), ("test", self.test)):
+            if held is not None:
+                dataset = held.dataset if isinstance(held, TransformedSeries) else held
+                record[part] = {
+                    "dataset": type(dataset).__name__,
+                    "samples": len(dataset),
+                    "split": getattr(dataset, "split", None),
+                    "split_hash": getattr(dataset, "split_hash", None),
+                }
+        return record
 
     def normalisation(self) -> dict[str, Tensor]:
         """Mean and deviation of `train`, and its raw units: what tasks need to read pixels."""
