@@ -10,10 +10,16 @@ from tests.data.fixtures import mtlcc
 from timo.cli.main import main
 from timo.data import DataError
 from timo.data.readers import MTLCC
-from timo.tasks import SeriesData
-from timo.tasks.segmentation import segmentation_metrics
+from timo.tasks import SegmentationTask, SeriesData
 
-CLASSES = ("a", "b", "c", "d")
+SMALL = {"embed_dims": [8] * 4, "num_heads": [1] * 4, "depths": [1] * 4}
+
+
+def segmentation(scores: str) -> SegmentationTask:
+    return SegmentationTask(
+        ("x",), [0.0], [1.0], [1.0], [0.0], ("a", "b", "c", "d"), model="timo_tiny",
+        model_options=SMALL, scores=scores,
+    )  # fmt: skip
 
 
 def test_scores_by_hand():
@@ -22,7 +28,7 @@ def test_scores_by_hand():
     mask[0, :2] = 255
     logits = torch.randn(2, 4, 9, 11, generator=generator)
     logits[:, 3] = -9
-    metrics = segmentation_metrics(CLASSES, "weighted")
+    metrics = segmentation("weighted").metrics()
     for image, labels in zip(logits, mask):  # batches accumulate
         metrics.update(image[None], labels[None])
     found = {name: value.tolist() for name, value in metrics.compute().items()}
@@ -47,8 +53,8 @@ def test_scores_by_hand():
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
-    with pytest.raises(ValueError, match="metrics is \"?'?best"):
-        segmentation_metrics(CLASSES, "best")
+    with pytest.raises(ValueError, match='scores is .best.; it must be "mean" or "weighted"'):
+        segmentation("best")
 
 
 def test_a_sample_in_two_parts_is_refused(tmp_path):
@@ -70,7 +76,6 @@ def test_a_sample_in_two_parts_is_refused(tmp_path):
 def test_a_run_records_its_splits(tmp_path, capsys):
     root = tmp_path / "mtlcc"
     mtlcc.write(root)
-    small = {"embed_dims": [8] * 4, "num_heads": [1] * 4, "depths": [1] * 4}
     options = {
         "data.train": "MTLCC",
         "data.train.root": root,
@@ -81,8 +86,8 @@ def test_a_run_records_its_splits(tmp_path, capsys):
         "data.val.select": '["B02", "B08"]',
         "data.batch_size": 2,
         "task.model": "timo_tiny",
-        "task.model_options": json.dumps(small),
-        "task.metrics": "weighted",
+        "task.model_options": json.dumps(SMALL),
+        "task.scores": "weighted",
         "trainer.max_steps": 1,
         "trainer.accelerator": "cpu",
         "trainer.enable_model_summary": "false",
@@ -96,7 +101,7 @@ def test_a_run_records_its_splits(tmp_path, capsys):
     }
     assert "val/weighted_f1" in capsys.readouterr().out
     described = json.loads((tmp_path / "run" / "task.json").read_text())
-    assert described["classes"][0] == "sugar beet" and described["metrics"] == "weighted"
+    assert described["classes"][0] == "sugar beet" and described["scores"] == "weighted"
     scores = tmp_path / "scores.json"
     assert main([
         "evaluate", "--run", str(tmp_path / "run"), "--data", "MTLCC", "--data.root", str(root),

@@ -9,6 +9,8 @@ from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassF1Score,
     MulticlassJaccardIndex,
+    MulticlassPrecision,
+    MulticlassRecall,
 )
 
 from timo.data import IGNORE_INDEX
@@ -25,6 +27,8 @@ class SegmentationTask(SupervisedTask):
         per_frame: a mask for every date, not one for the series.
         pretrained: checkpoint to start from: a run's model.safetensors, or published weights.
         class_weights: weights of the classes in the cross-entropy; equal if None.
+        scores: "mean", or "weighted" for precision, recall and F1 weighted by the pixels of each
+            class besides, as the protocol of MTLCC has them.
     """
 
     kind, target = "segmentation", "mask"
@@ -42,31 +46,43 @@ class SegmentationTask(SupervisedTask):
         model_options: dict[str, Any] | None = None,
         pretrained: str | None = None,
         class_weights: list[float] | None = None,
+        scores: str = "mean",
         learning_rate: float = 1e-4,
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.999),
         warmup: float = 0.0,
         schedule: str = "constant",
     ):
+        if scores not in ("mean", "weighted"):
+            raise ValueError(f'scores is {scores!r}; it must be "mean" or "weighted"')
+        self.scores = scores
         super().__init__(
             bands, mean, deviation, scale, offset, classes, per_frame, model, model_options,
             pretrained, class_weights, learning_rate, weight_decay, betas, warmup, schedule,
         )  # fmt: skip
+
+    def description(self) -> dict:
+        return super().description() | {"scores": self.scores}
 
     def metrics(self) -> MetricCollection:
         """IoU and F1 by class, their means over the classes that occur, and overall accuracy."""
         options = {
             "num_classes": len(self.classes), "ignore_index": IGNORE_INDEX, "validate_args": False,
         }  # fmt: skip
-        return MetricCollection(
-            {
-                "iou": MulticlassJaccardIndex(average=None, **options),
-                "f1": MulticlassF1Score(average=None, **options),
-                "mean_iou": MulticlassJaccardIndex(average="macro", **options),
-                "mean_f1": MulticlassF1Score(average="macro", **options),
-                "accuracy": MulticlassAccuracy(average="micro", **options),
+        chosen = {
+            "iou": MulticlassJaccardIndex(average=None, **options),
+            "f1": MulticlassF1Score(average=None, **options),
+            "mean_iou": MulticlassJaccardIndex(average="macro", **options),
+            "mean_f1": MulticlassF1Score(average="macro", **options),
+            "accuracy": MulticlassAccuracy(average="micro", **options),
+        }
+        if self.scores == "weighted":
+            chosen |= {
+                "weighted_precision": MulticlassPrecision(average="weighted", **options),
+                "weighted_recall": MulticlassRecall(average="weighted", **options),
+                "weighted_f1": MulticlassF1Score(average="weighted", **options),
             }
-        )
+        return MetricCollection(chosen)
 
     def flat(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, classes, H, W) with (B, T, H, W) -> (B·T, ...); others as they are."""
