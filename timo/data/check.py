@@ -61,6 +61,7 @@ class CheckReport:
     samples: list[SampleFacts] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     labels: dict[int, int] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()  # names of the labels, where the dataset states them
 
     @property
     def ok(self) -> bool:
@@ -96,7 +97,7 @@ def check_dataset(
     of every date (needs matplotlib); its folder must exist.
     """
     bands, units = tuple(dataset.bands), dataset.units
-    report = CheckReport(len(dataset), bands, units)
+    report = CheckReport(len(dataset), bands, units, classes=getattr(dataset, "classes", ()))
     if len(dataset) == 0:
         report.add("error", "dataset", "holds no sample")
     if hasattr(dataset, "verify"):

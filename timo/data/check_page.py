@@ -34,11 +34,12 @@ def _page(report: CheckReport) -> list[str]:
         parts += ["<h2>Values</h2>", _histograms(report)]
     if report.labels:
         total = sum(report.labels.values())
+        names = dict(enumerate(report.classes)) | {IGNORE_INDEX: "(ignore)"}
         rows = [
-            ("255 (ignore)" if label == IGNORE_INDEX else label, count, f"{count / total:.2%}")
+            (label, names.get(label, ""), count, f"{count / total:.2%}")
             for label, count in sorted(report.labels.items())
         ]
-        parts += ["<h2>Labels</h2>", table(("label", "count", "share"), rows)]
+        parts += ["<h2>Labels</h2>", table(("label", "class", "count", "share"), rows)]
     if report.samples:
         parts.append(_DATES_HEAD)
     for facts in report.samples[:_SAMPLES]:
@@ -81,6 +82,8 @@ def _histograms(report: CheckReport) -> str:
         axis.set_xlabel(report.units, fontsize=8)
         axis.tick_params(labelsize=7)
         axis.set_yticks([])
+    for axis in axes[len(report.bands) :]:
+        axis.axis("off")
     return image(drawn, "distribution of valid values by band")
 
 

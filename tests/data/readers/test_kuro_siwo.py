@@ -190,6 +190,18 @@ def test_one_nan_costs_one_pixel(copy):
     assert torch.equal(after["image"][0], before["image"][0])
 
 
+def test_zero_is_no_data_whatever_the_tag_of_the_file(copy):
+    root, truth = copy
+    one = one_grid(truth)
+    dataset = KuroSiwo(root, activations=(130,))
+    index = dataset.names.index(one["folder"])
+    before = dataset[index]["valid"]
+    assert not before[1, 3, 5] and before[1, 3, 6]
+    for path in (root / one["folder"]).glob("SL1_*"):
+        rewrite(path, nodata=None)
+    assert torch.equal(dataset[index]["valid"], before)
+
+
 def test_partial_downloads_say_what_is_missing(copy):
     root, truth = copy
     with pytest.raises(DataError, match="25 of 27 activations of split .train. are missing"):
