@@ -96,37 +96,48 @@ def markdown(environment: dict, rows: Sequence[dict]) -> str:
     """All rows, a section for every op, shape and dtype."""
     lines = ["# Benchmark results", ""]
     lines += [f"- {key}: {value}" for key, value in environment.items()]
-    for key, group in problems(rows).items():
-        first = group[0]
-        lines += [
-            "",
-            f"## {title(*key)}",
-            "",
-            f"Measured beside it: matrix product {first['matmul_rate'] / 1e9:.0f} GFLOP/s, copy "
-            f"{first['copy_rate'] / 1e9:.1f} GB/s. Floors: "
-            + ", ".join(f"{d} {duration(s)}" for d, s in floors(group).items())
-            + ".",
-            "",
-            f"| {' | '.join(COLUMNS)} |",
-            "|" + "---|" * len(COLUMNS),
-        ]
-        for direction in DIRECTIONS:
-            of_direction = [row for row in group if row["direction"] == direction]
-            lines += [f"| {' | '.join(cells(row))} |" for row in of_direction if not left_out(row)]
-        gaps: dict[tuple[str, str], list[str]] = {}
-        for row in filter(left_out, group):
-            gaps.setdefault((row["name"], row["note"]), []).append(row["direction"])
-        lines += ["", *(f"- not run: `{n}`, {', '.join(d)}: {why}" for (n, why), d in gaps.items())]
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n\n".join(["\n".join(lines), *map(section, problems(rows).values())]) + "\n"
+
+
+def section(rows: Sequence[dict]) -> str:
+    """The rows of one op, shape and dtype."""
+    table = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, ordered(rows))]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in table)
+    below = [f"- {line}" for line in gaps(rows)]
+    return "\n\n".join([f"## {heading(rows)}", conditions(rows), table, "\n".join(below)]).rstrip()
+
+
+def heading(rows: Sequence[dict]) -> str:
+    first = rows[0]
+    return title(first["op"], first["shape"], first["dtype"])
+
+
+def conditions(rows: Sequence[dict]) -> str:
+    floors = {row["direction"]: duration(row["floor_seconds"]) for row in rows}
+    return (
+        f"Measured beside it: matrix product {rows[0]['matmul_rate'] / 1e9:.0f} GFLOP/s, copy "
+        f"{rows[0]['copy_rate'] / 1e9:.1f} GB/s. Floors: "
+        f"{', '.join(f'{direction} {floor}' for direction, floor in floors.items())}."
+    )
+
+
+def ordered(rows: Sequence[dict]) -> list[dict]:
+    """By direction, without those that belong below the table."""
+    shown = [row for row in rows if not left_out(row)]
+    return sorted(shown, key=lambda row: DIRECTIONS.index(row["direction"]))
+
+
+def gaps(rows: Sequence[dict]) -> list[str]:
+    """What was not run, in which directions and why."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in filter(left_out, rows):
+        found.setdefault((row["name"], row["note"]), []).append(row["direction"])
+    return [f"not run: `{name}`, {', '.join(d)}: {why}" for (name, why), d in found.items()]
 
 
 def left_out(row: dict) -> bool:
-    """Whether a row belongs below the table: it says why something was not tried or failed."""
-    return row["seconds"] is None and not (row["note"] or "").startswith("wrong")
-
-
-def floors(group: Sequence[dict]) -> dict[str, float]:
-    return {row["direction"]: row["floor_seconds"] for row in group}
+    """Whether a row belongs below the table: it could not run. A wrong one is shown in it."""
+    return row["seconds"] is None and not row["note"].startswith("wrong")
 
 
 def write_plot(path: Path, rows: Sequence[dict]) -> None:

@@ -1,7 +1,7 @@
 """Gyroscope attention by what PyTorch offers, without this project's kernels.
 
 All functions take q, k, v (B, T, N, H, D), q_median, k_median (B, N, H, D) and gate (B, T, N, H),
-everything valid, and give (B, T, N, H, D). Energies and sums beside the products are float32.
+everything valid, and give (B, T, N, H, D). What is not a product is computed in float32 at least.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def direct(q, k, v, q_median, k_median, gate) -> Tensor:
     temporal = _temporal_energies(q, k)  # [B, H, T, N, T]
     spatial = torch.einsum("bnhd,bmhd->bhnm", q_median, k_median)
     spatial = spatial[:, :, None] + gate.permute(0, 3, 1, 2)[..., None]  # [B, H, T, N, N]
-    weights = torch.cat([temporal, spatial], -1).softmax(-1, torch.float32).to(v.dtype)
+    weights = torch.cat([temporal, spatial], -1).softmax(-1, _wide(v.dtype)).to(v.dtype)
     out = torch.einsum("bhtns,bsnhd->btnhd", weights[..., :T], v)
     return out + torch.einsum("bhtnm,btmhd->btnhd", weights[..., T:], v)
 
@@ -31,12 +31,12 @@ def direct_bytes(shape: tuple[int, ...]) -> float:
 
 def factored(q, k, v, q_median, k_median, gate) -> Tensor:
     """Spatial weights once for all dates, in full."""
-    energies = torch.einsum("bnhd,bmhd->bhnm", q_median, k_median).float()
+    energies = torch.einsum("bnhd,bmhd->bhnm", q_median, k_median).to(_wide(q.dtype))
     top = energies.detach().amax(-1, keepdim=True)
     weights = (energies - top).exp()  # [B, H, N, N]
     mass = weights.sum(-1, keepdim=True)
     values = v.permute(0, 3, 2, 1, 4).flatten(3)  # [B, H, N, T * D]
-    spatial = (weights.to(v.dtype) @ values).float() / mass
+    spatial = (weights.to(v.dtype) @ values) / mass
     return merge(spatial, (top + mass.log()).squeeze(-1), q, k, v, gate)
 
 
@@ -79,8 +79,12 @@ def merge(spatial, lse, q, k, v, gate) -> Tensor:
 def _temporal_energies(q: Tensor, k: Tensor) -> Tensor:
     """Of every query with the keys of its position, its own date barred: (B, H, T, N, T)."""
     own = torch.eye(q.shape[1], dtype=torch.bool, device=q.device)[:, None]  # [T, 1, T]
-    energies = torch.einsum("btnhd,bsnhd->bhtns", q, k).float()
+    energies = torch.einsum("btnhd,bsnhd->bhtns", q, k).to(_wide(q.dtype))
     return energies.masked_fill(own, -torch.inf)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 # A fused kernel of torch.ops.aten: name; widest values; whether q and k must be as wide.

@@ -1,6 +1,7 @@
 """Selection, explanation and the evidence behind `auto`."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,9 +58,11 @@ def test_unproven_kernels_stay_off(monkeypatch):
     assert op.choose(request).backend == "reference"
     assert "no committed parity result on sm_90" in op.choose(request).reasons["triton"]
     assert op.choose(request, "triton").backend == "triton"
-    proven = dispatch.Backend("triton", None, ("cuda",), (torch.float32,), proven=("sm_90",))
-    op.backends["triton"] = proven
-    assert op.choose(request).backend == "triton"
+    proven = {"sm_90": "benchmarks/results/h100/parity.json"}
+    op.backends["triton"] = replace(record, proven=proven)
+    choice = op.choose(request)
+    assert choice.backend == "triton" and choice.evidence == proven["sm_90"]
+    assert str(choice).startswith("op: triton (passed: benchmarks/results/h100/parity.json)")
 
 
 def test_limits_of_a_record():
@@ -73,17 +76,14 @@ def test_limits_of_a_record():
 
 
 def test_proven_records_have_evidence():
-    """Every `proven` entry is backed by a committed parity.json of that capability."""
-    evidence = {}
-    for path in (REPOSITORY / "benchmarks" / "results").rglob("parity*.json"):
-        record = json.loads(path.read_text())
-        for op, backends in record["passed"].items():
-            for backend in backends:
-                evidence.setdefault((op, backend), set()).add(record["environment"]["capability"])
+    """Every `proven` entry names a committed parity.json of that capability, and its backend."""
     for op in dispatch.OPS.values():
         for backend in op.backends.values():
-            known = evidence.get((op.name.removesuffix("_backward"), backend.name), set())
-            assert set(backend.proven) <= known, f"{op.name}: {backend.name}"
+            for capability, path in backend.proven.items():
+                record = json.loads((REPOSITORY / path).read_text())
+                assert record["environment"]["capability"] == capability, path
+                name = op.name.removesuffix("_backward")
+                assert backend.name in record["passed"].get(name, ()), f"{name}: {path}"
 
 
 def test_autocast_does_not_round_inside_an_op():

@@ -14,11 +14,14 @@ if sys.argv[1] == "yes":
 x = torch.randn(2, 5, 3, 2, 8)
 values, indices = timo.ops.temporal_median(x, backend="cpp")
 assert torch.equal(values, x.median(1).values) and torch.equal(indices, x.median(1).indices)
-import timo.benchmarks.ops.temporal_median  # noqa: E402
 import timo.kernels.temporal_median  # noqa: E402, F401
 
 model = timo.create_model("timo_tiny", task="segmentation", in_chans=5, num_classes=3)
 logits = model.eval()(torch.randn(1, 2, 5, 64, 96))
 assert logits.shape == (1, 3, 64, 96)
+from timo.cli import main  # noqa: E402
+
+tiny = ["temporal_median", "--shape", "1,3,9,2,8", "--seconds", "0.01", "--device", "cpu"]
+assert main(["bench", *tiny, "--backend", "cpp,reference"]) == 0
 assert not {"lightning", "rasterio", "torchvision", "matplotlib"} & set(sys.modules)
 print(f"wheel: 1 passed ({dispatch.explain('temporal_median', x).backend}, CUDA {_C.has_cuda})")

@@ -25,8 +25,8 @@ def info(arguments: Sequence[str]) -> int:
     devices = [torch.device("cpu")]
     for index in range(torch.cuda.device_count()):
         devices.append(torch.device("cuda", index))
-        major, minor = torch.cuda.get_device_capability(index)
-        print(f"cuda:{index}     {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
+        name = torch.cuda.get_device_name(index)
+        print(f"cuda:{index}     {name}, {dispatch.capability(devices[-1])}")
     if "TIMO_BACKEND" in os.environ:
         print(f"TIMO_BACKEND={os.environ['TIMO_BACKEND']}")
     dtypes = (torch.float32, torch.bfloat16)
@@ -38,4 +38,11 @@ def info(arguments: Sequence[str]) -> int:
                 request = dispatch.Request(device, dtype, dates=10, head_dim=32)
                 chosen.append(f"{dtype_name(dtype)} {op.choose(request).backend}")
             print(f"  {op.name:30s} {', '.join(chosen)}")
+    print("\nGPU kernels that `auto` takes, with the committed result that each passed on that GPU")
+    for op in dispatch.OPS.values():
+        for backend in op.backends.values():
+            for capability, path in backend.proven.items():
+                print(f"  {op.name:30s} {backend.name:7s} {capability:7s} {path}")
+    if not any(b.proven for op in dispatch.OPS.values() for b in op.backends.values()):
+        print("  none yet: `make gpu` makes such a result on a machine with a GPU")
     return 0

@@ -17,6 +17,7 @@ COMMANDS = {
     "data build-pretraining": ("timo.cli.build", "build_pretraining", "store for pretraining"),
     "data check": ("timo.cli.data", "check", "look at a data set: gaps, units, labels; HTML page"),
     "info": ("timo.cli.info", "info", "installation, devices, and which backend runs each op"),
+    "bench": ("timo.cli.bench", "bench", "time ops and their alternatives on this machine"),
     "demo": ("timo.cli.demo", "demo", "the whole road on a real series, with a report"),
 }
 

@@ -5,7 +5,7 @@ looks at device, dtype and sizes of the arguments, never tries a kernel to see i
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -37,9 +37,9 @@ class Backend:
     max_dates: int | None = None
     head_dims: tuple[int, int] | None = None  # least and greatest
     min_capability: tuple[int, int] | None = None
-    # Compute capabilities on which the parity suite has passed. The committed files of
-    # benchmarks/results are the evidence, and a test compares the two.
-    proven: tuple[str, ...] = ()
+    # Compute capabilities on which the parity suite has passed, each with the committed file that
+    # says so: {"sm_90": "benchmarks/results/h100/parity.json"}. A test reads the files.
+    proven: Mapping[str, str] = field(default_factory=dict)
 
     def refusals(self, request: Request) -> list[str]:
         """Why this backend cannot run the request; empty if it can."""
@@ -70,27 +70,35 @@ class Backend:
         """Why `auto` passes over a backend that could run; None if it does not."""
         if self.name == TRITON and request.device.type == "cpu":
             return "runs in Triton's interpreter, for tests"
-        if self.name == REFERENCE or request.device.type != "cuda":
-            return None
-        major, minor = torch.cuda.get_device_capability(request.device)
-        if f"sm_{major}{minor}" in self.proven:
+        if self.name == REFERENCE or request.device.type != "cuda" or self.evidence(request):
             return None
         return (
-            f"no committed parity result on sm_{major}{minor} yet; "
+            f"no committed parity result on {capability(request.device)} yet; "
             f'ask for it by backend="{self.name}" or TIMO_BACKEND={self.name}'
         )
+
+    def evidence(self, request: Request) -> str | None:
+        """The results file by which this backend has passed on the request's kind of GPU."""
+        if request.device.type != "cuda":
+            return None
+        return self.proven.get(capability(request.device))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What `explain` returns: the backend that runs and why each other does not."""
+    """What `explain` returns: the backend that runs and why each other does not.
+
+    `evidence` is the committed results file by which `auto` trusts the backend on this GPU.
+    """
 
     op: str
     backend: str | None
     reasons: dict[str, str] = field(default_factory=dict)
+    evidence: str | None = None
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: {self.backend or 'no backend can run this'}"]
+        proof = f" (passed: {self.evidence})" if self.evidence else ""
+        lines = [f"{self.op}: {self.backend or 'no backend can run this'}{proof}"]
         lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
         return "\n".join(lines)
 
@@ -132,7 +140,8 @@ class Op:
                 reasons[name] = f"{chosen} is preferred"
             else:
                 chosen = name
-        return Choice(self.name, chosen, reasons)
+        evidence = self.backends[chosen].evidence(request) if chosen else None
+        return Choice(self.name, chosen, reasons, evidence)
 
     def select(self, wanted: str, *args, **kwargs) -> Backend:
         """The record that runs these arguments, or one error with every backend's reason."""
@@ -197,6 +206,12 @@ def compiled():
     except ImportError:
         return None
     return _C
+
+
+def capability(device: torch.device) -> str:
+    """Of a GPU, as sm_90."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def triton_devices() -> tuple[str, ...]:
