@@ -1,9 +1,11 @@
 """Figures of docs/data.md: a sample of each published data set, from simulated pixels.
 
 Run in the root of the repository: `PYTHONPATH=. python docs/figures.py [name ...]`. The files are
-laid out as the data set's are, filled with simulated pixels, and read by the reader.
+laid out as the data set's are, filled with simulated pixels, and read by the reader; those of
+MultiEarth are its own sample, which lies in `TIMO_DATA` or ../shared/data.
 """
 
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,10 +15,10 @@ import numpy as np
 import rasterio
 from PIL import Image
 
-from tests.data.fixtures import kuro_siwo, pastis, sen12_flood
+from tests.data.fixtures import kuro_siwo, mtlcc, multisenge, pastis, sen12_flood
 from timo.data import IGNORE_INDEX, SimulatedSeries
 from timo.data.page import figure
-from timo.data.readers import KuroSiwo, Pastis, Sen12Flood
+from timo.data.readers import MTLCC, KuroSiwo, MultiEarth, MultiSenGE, Pastis, Sen12Flood
 
 OUT = Path(__file__).parent / "figures"
 RGB = ("B04", "B03", "B02")
@@ -77,8 +79,58 @@ def draw_pastis(root: Path) -> list[tuple[str, np.ndarray]]:
     return [*frames, ("mask", colored(sample["mask"]))]
 
 
+def draw_multiearth(root: Path) -> list[tuple[str, np.ndarray]]:
+    root = Path(os.environ.get("TIMO_DATA", OUT.parents[2] / "shared" / "data"))
+    root = root / "multiearth_amazon"
+    series = MultiEarth(root, "all", select=RGB, labels=False)
+    one = series[series.names.index("-55.20_-4.39")]
+    shown = list(zip(days(one), one["image"].numpy()))[1:4]
+    labelled = MultiEarth(root, "all", select=RGB)[0]
+    shown += zip(days(labelled), labelled["image"].numpy())
+    panels = [(day, stretched(frame, *np.percentile(frame, (1, 99)))) for day, frame in shown]
+    return [*panels, ("mask", colored(labelled["mask"]))]
+
+
+def draw_multisenge(root: Path) -> list[tuple[str, np.ndarray]]:
+    multisenge.write(root, tiles=("32ULU",), dates=4)
+    scene = simulated(4, multisenge.BANDS, 256, "land_cover", years=1, clearing=0.0)
+    for path, frame in zip(sorted((root / "s2").iterdir()), scene["image"].numpy()):
+        overwrite_all(path, frame * 1e4)
+    classes = np.array([14, 2, 6, 9, 11, 11, 12])  # of water, built-up, cropland, ...
+    overwrite(root / "ground_reference", "*", classes[scene["mask"].numpy()])
+    sample = MultiSenGE(root, "all", select=RGB)[0]
+    frames = [
+        (day, stretched(frame * 1e-4, 0, 0.2))
+        for day, frame in zip(days(sample), sample["image"].numpy())
+    ]
+    return [*frames, ("mask", colored(sample["mask"]))]
+
+
+def draw_mtlcc(root: Path) -> list[tuple[str, np.ndarray]]:
+    mtlcc.write(root, size=48, splits={"train_fold0": (7,), "test_fold0": (), "eval": ()})
+    bands = [band for held in mtlcc.BANDS.values() for band in held]
+    scene = simulated(len(mtlcc.DATES), bands, 48, "crops", years=1)
+    for day, frame in zip(mtlcc.DATES, scene["image"].numpy()):
+        for resolution, held in mtlcc.BANDS.items():
+            factor = resolution // 10
+            part = frame[[bands.index(band) for band in held]]
+            part = part.reshape(len(held), 48 // factor, factor, -1, factor).mean((2, 4))
+            overwrite_all(root / "data" / "7" / f"{day}_{resolution}m.tif", part * 1e4)
+    crops = np.array([0, 22, 23, 5, 26, 17, 1, 16, 3])  # of background, winter wheat, ...
+    overwrite(root / "data" / "7", "y.tif", crops[scene["mask"].numpy()])
+    sample = MTLCC(root, "train", select=RGB)[0]
+    frames = [
+        (day, stretched(frame * 1e-4, 0, 0.2))
+        for day, frame in zip(days(sample), sample["image"].numpy())
+    ]
+    return [*frames, ("mask", colored(sample["mask"]))]
+
+
 FIGURES: dict[str, Callable[[Path], list[tuple[str, np.ndarray]]]] = {
     "kuro_siwo": draw_kuro_siwo,
+    "mtlcc": draw_mtlcc,
+    "multiearth": draw_multiearth,
+    "multisenge": draw_multisenge,
     "pastis": draw_pastis,
     "sen12_flood": draw_sen12_flood,
 }
@@ -102,6 +154,12 @@ def overwrite(folder: Path, pattern: str, pixels: np.ndarray) -> None:
     (path,) = folder.glob(pattern)
     with rasterio.open(path, "r+") as file:
         file.write(pixels.astype(file.dtypes[0]), 1)
+
+
+def overwrite_all(path: Path, pixels: np.ndarray) -> None:
+    """Other pixels (C, H, W) in a raster."""
+    with rasterio.open(path, "r+") as file:
+        file.write(pixels.astype(file.dtypes[0]))
 
 
 def days(sample: dict) -> list[str]:
