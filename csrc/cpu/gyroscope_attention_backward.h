@@ -68,7 +68,8 @@ struct BackwardScratch {
   TemporalScratch temporal;
   int64_t q_step, dout_step, dq_step;
 
-  BackwardScratch(const GyroscopeArgs& a, const BackwardPlan& plan, Carve& c) : temporal(a, c) {
+  BackwardScratch(const GyroscopeArgs& a, const BackwardPlan& plan, Carve& c)
+      : temporal(a, plan.dates, c) {
     const int64_t keys = plan.panels * width, D = a.D;
     q_step = row_stride(D), dq_step = round_up(D, lanes);
     dout_step = row_stride(plan.dates * (D + 1) + lanes);
@@ -158,28 +159,33 @@ void prepare(const GyroscopeArgs& a, const Group& g, const TemporalScratch& w, i
   const int64_t D = a.D, count = std::min<int64_t>(lanes, a.N - n0);
   std::fill_n(g.dq + (head * a.N + n0) * D, count * D, 0.f);
   for (int64_t t = 0; t < a.T; ++t) {
-    const Stored *out[lanes], *grad[lanes];
     alignas(64) float gate[lanes] = {}, spatial[lanes] = {}, logs[lanes] = {}, delta[lanes];
     alignas(64) float exponent[lanes], share[lanes];
+    const Stored *out[lanes], *grad[lanes];
     for (int64_t i = 0; i < lanes; ++i) {
-      const bool live = i < count && usable(a, b, t, n0 + i);
-      out[i] = live ? at<Stored>(a.out, b, t, n0 + i, h) : nullptr;
-      grad[i] = live ? at<Stored>(a.grad, b, t, n0 + i, h) : nullptr;
-      if (!live) continue;
+      out[i] = grad[i] = reinterpret_cast<const Stored*>(w.rows.zeros);
+      if (i >= count || !usable(a, b, t, n0 + i)) continue;
+      out[i] = at<Stored>(a.out, b, t, n0 + i, h);
+      grad[i] = at<Stored>(a.grad, b, t, n0 + i, h);
       gate[i] = load_scalar(a.gate, a.gate_dtype, b, t, n0 + i, h);
       spatial[i] = *at<float>(a.spatial_lse, b, 0, n0 + i, h);
       logs[i] = *at<float>(a.lse, b, t, n0 + i, h);
     }
     load_transposed(out, D, w.q, lanes);
     load_transposed(grad, D, w.dout, lanes);
-    F sum[1];
-    dot<1>(&w.q, w.dout, D, sum);
-    Tier::store(delta, sum[0]);
+    F sum = {};
+    for (int64_t d0 = 0; d0 < D * lanes; d0 += 8 * lanes) {  // as in `dots`
+      F part = {};
+      for (int64_t d = d0; d < d0 + 8 * lanes; d += lanes)
+        part += Tier::load(w.q + d) * Tier::load(w.dout + d);
+      sum += part;
+    }
+    Tier::store(delta, sum);
     const F raised = Tier::load(gate) * static_cast<float>(log2e) + Tier::load(spatial);
     Tier::store(exponent, raised - Tier::load(logs));
     Tier::store(share, Tier::exp2(Tier::load(exponent)));
     for (int64_t i = 0; i < count; ++i) {
-      if (!out[i]) share[i] = exponent[i] = 0;
+      if (!usable(a, b, t, n0 + i)) share[i] = exponent[i] = 0;
       const int64_t at = (head * a.T + t) * a.N + n0 + i;
       g.share[at] = irregular(a) && exponent[i] > share_limit ? own_reference : share[i];
       g.delta[at] = delta[i];
@@ -192,6 +198,7 @@ template <class Stored>
 void load_keys(const GyroscopeArgs& a, const BackwardScratch& w, int64_t b, int64_t h, List keys,
                List dates) {
   const int64_t D = a.D, channels = dates.count * (D + 1);
+  const auto* zeros = reinterpret_cast<const Stored*>(w.temporal.rows.zeros);
   for (int64_t i = 0; i < keys.count; ++i)
     load_row(at<Stored>(a.k_median, b, 0, keys.at[i], h), D, w.k + i * w.dq_step);
   for (int64_t i = 0; i < round_up(keys.count, width); i += lanes) {
@@ -202,7 +209,7 @@ void load_keys(const GyroscopeArgs& a, const BackwardScratch& w, int64_t b, int6
         const bool real = i + j < keys.count && usable(a, b, t, keys.at[i + j]);
         row[j] = real || (i + j < keys.count && &x == &a.k_median)
                      ? at<Stored>(x, b, t, keys.at[i + j], h)
-                     : nullptr;
+                     : zeros;
       }
       load_transposed(row, D, to, width);
     };
@@ -210,7 +217,7 @@ void load_keys(const GyroscopeArgs& a, const BackwardScratch& w, int64_t b, int6
     float* vT = w.vT + panel * channels * width + lane;
     for (int64_t j = 0; j < dates.count; ++j, vT += (D + 1) * width) {
       load(a.v, dates.at[j], vT);
-      for (int64_t l = 0; l < lanes; ++l) vT[D * width + l] = row[l] != nullptr;
+      for (int64_t l = 0; l < lanes; ++l) vT[D * width + l] = row[l] != zeros;
     }
   }
 }
@@ -319,7 +326,8 @@ void backward_task(const GyroscopeArgs& a, const BackwardPlan& plan, const Backw
         Tier::store(dkT + d * width, Tier::load(dkT + d * width) * static_cast<float>(1 / log2e));
       Stored* row[lanes];
       for (int64_t j = 0; j < lanes; ++j)
-        row[j] = i + j < keys.count ? at<Stored>(a.dk_median, b, 0, keys.at[i + j], h) : nullptr;
+        row[j] = i + j < keys.count ? at<Stored>(a.dk_median, b, 0, keys.at[i + j], h)
+                                    : reinterpret_cast<Stored*>(w.temporal.rows.sink);
       store_transposed(dkT, width, D, row);
     }
   }
@@ -345,6 +353,7 @@ void backward(const GyroscopeArgs& a) {
       const FlushDenormals flush;
       Carve carve{space.part(omp_get_thread_num())};
       const BackwardScratch w(a, plan, carve);
+      w.temporal.rows.clear(a.D);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < heads * ((a.N + lanes - 1) / lanes); ++i) {
         const int64_t head = i % heads, bh = first + head;

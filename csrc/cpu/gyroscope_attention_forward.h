@@ -5,7 +5,7 @@
 // Every lane's sums are formed in the order of its keys and nothing depends on its neighbours, so
 // results are the same for any number of threads, queries per task and dates per task.
 #pragma once
-#include "cpu/gyroscope_attention_kernel.h"
+#include "cpu/gyroscope_attention_temporal.h"
 
 namespace timo {
 namespace {
@@ -43,10 +43,11 @@ struct ForwardScratch {
   float *queries, *keys, *values, *P;
   Sums sums, late_sums;
   float *references;             // [panel][date][width], irregular validity only
-  float *q, *k, *v, *o, *weight, *live;  // of `finish`, see there
+  Rows rows;
+  float *q, *k, *v, *o, *weight, *share, *live;  // of `finish`, see there
   int64_t key_step, value_step;
 
-  ForwardScratch(const GyroscopeArgs& a, const ForwardPlan& plan, Carve& c) {
+  ForwardScratch(const GyroscopeArgs& a, const ForwardPlan& plan, Carve& c) : rows(a, c) {
     const int64_t late_queries = irregular(a) ? plan.queries : 0, D = a.D;
     dates = c.take<Index>(a.T);
     positions = c.take<Index>(a.N);
@@ -63,11 +64,12 @@ struct ForwardScratch {
     late_sums = {c.take<float>(late_queries * D), c.take<float>(late_queries),
                  c.take<float>(late_queries)};
     references = c.take<float>(late_queries * plan.dates);
-    q = c.take<float>(D * lanes);
+    q = c.take<float>(date_block * D * lanes);
     k = c.take<float>(a.T * D * lanes);
     v = c.take<float>(a.T * D * lanes);
-    o = c.take<float>(D * lanes);
-    weight = c.take<float>((a.T + 4) * lanes);
+    o = c.take<float>(date_block * D * lanes);
+    weight = c.take<float>(date_block * a.T * lanes);
+    share = c.take<float>(date_block * lanes);
     live = c.take<float>(a.T * lanes);
   }
 };
@@ -235,78 +237,71 @@ template <class Stored>
 void finish(const GyroscopeArgs& a, int64_t b, int64_t h, List queries, int64_t first, List dates,
             int64_t tile, int64_t tile_dates, const ForwardScratch& w, const float* S,
             const float* reference, const float* mass, int64_t date_step, F logs) {
-  const int64_t D = a.D, count = std::min<int64_t>(lanes, queries.count - first);
+  const int64_t D = a.D, T = dates.count, count = std::min<int64_t>(lanes, queries.count - first);
   const float scale = energy_scale(a);
-  const Stored* row[lanes];
   const Index* position = queries.at + first;
-  for (int64_t s = 0; s < dates.count; ++s) {  // keys and values of all dates, 0 where not usable
+  auto load = [&](const Strided& x, int64_t t, float* to) {
+    const Stored* row[lanes];
+    point_live(x, b, dates.at[t], h, position, w.live + t * lanes,
+               reinterpret_cast<const Stored*>(w.rows.zeros), row);
+    load_transposed(row, D, to, lanes);
+  };
+  for (int64_t s = 0; s < T; ++s) {  // keys and values of all dates, 0 where not usable
     for (int i = 0; i < lanes; ++i)
       w.live[s * lanes + i] = i < count && usable(a, b, dates.at[s], position[i]);
-    for (int part = 0; part < 2; ++part) {
-      point(part ? a.v : a.k, b, dates.at[s], h, queries, first, row);
-      for (int i = 0; i < lanes; ++i)
-        if (w.live[s * lanes + i] == 0) row[i] = nullptr;
-      load_transposed(row, D, (part ? w.v : w.k) + s * D * lanes, lanes);
-    }
+    load(a.k, s, w.k + s * D * lanes), load(a.v, s, w.v + s * D * lanes);
   }
   alignas(64) float text[lanes];
-  for (int64_t j = 0; j < tile_dates; ++j, reference += date_step, mass += date_step) {
-    const int64_t t = dates.at[tile + j];
-    const F here = Tier::load(w.live + (tile + j) * lanes);
-    point(a.q, b, t, h, queries, first, row);
-    for (int i = 0; i < lanes; ++i) {
-      const bool live = w.live[(tile + j) * lanes + i] != 0;
-      text[i] = live ? load_scalar(a.gate, a.gate_dtype, b, t, position[i], h) : 0;
-      if (!live) row[i] = nullptr;
+  for (int64_t j0 = 0; j0 < tile_dates; j0 += date_block) {
+    const int64_t some = std::min(date_block, tile_dates - j0);
+    for (int64_t j = 0; j < some; ++j) {
+      float* q = w.q + j * D * lanes;
+      load(a.q, tile + j0 + j, q);
+      for (int64_t d = 0; d < D; ++d) Tier::store(q + d * lanes, Tier::load(q + d * lanes) * scale);
     }
-    load_transposed(row, D, w.q, lanes);
-    for (int64_t d = 0; d < D; ++d)
-      Tier::store(w.q + d * lanes, Tier::load(w.q + d * lanes) * scale);
-    const F sums = Tier::load(mass);
-    const F spatial = Tier::load(text) * static_cast<float>(log2e) + Tier::load(reference);
-    F top = spatial + log2(sums);
-    for (int64_t s = 0; s < dates.count; s += 4) {
-      const float* k[4];
-      for (int i = 0; i < 4; ++i) k[i] = w.k + std::min(s + i, dates.count - 1) * D * lanes;
-      F acc[4];
-      dot<4>(k, w.q, D, acc);
-      for (int64_t i = s; i < std::min(s + 4, dates.count); ++i) {
-        F energy = Tier::set(lowest);
-        if (i != tile + j)
-          energy = Tier::load(w.live + i * lanes) > 0.f ? acc[i - s] : energy;
-        Tier::store(w.weight + i * lanes, energy);
+    dots(w.q, some, w.k, T, D, w.weight, T * lanes);
+    for (int64_t j = 0; j < some; ++j) {
+      const int64_t here = tile + j0 + j, t = dates.at[here];
+      const float* live = w.live + here * lanes;
+      float* weight = w.weight + j * T * lanes;
+      for (int i = 0; i < lanes; ++i)
+        text[i] = live[i] != 0 ? load_scalar(a.gate, a.gate_dtype, b, t, position[i], h) : 0;
+      const F sums = Tier::load(mass + (j0 + j) * date_step);
+      const F spatial = Tier::load(text) * static_cast<float>(log2e) +
+                        Tier::load(reference + (j0 + j) * date_step);
+      F top = spatial + log2(sums);
+      for (int64_t s = 0; s < T; ++s) {
+        F energy = Tier::load(weight + s * lanes);
+        energy = s != here && Tier::load(w.live + s * lanes) > 0.f ? energy : Tier::set(lowest);
+        Tier::store(weight + s * lanes, energy);
         top = larger(energy, top);
       }
-    }
-    const F share = Tier::exp2(spatial - top);
-    F sum = share * sums;
-    for (int64_t s = 0; s < dates.count; ++s) {
-      const F x = Tier::exp2(Tier::load(w.weight + s * lanes) - top);
-      Tier::store(w.weight + s * lanes, x);
-      sum += x;
-    }
-    const F inverse = 1.f / sum;
-    for (int64_t d = 0; d < D; d += 4) {
-      F acc[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) acc[i] = share * Tier::load(S + (j * D + d + i) * width);
-      for (int64_t s = 0; s < dates.count; ++s) {
-        const F x = Tier::load(w.weight + s * lanes);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) acc[i] += x * Tier::load(w.v + (s * D + d + i) * lanes);
+      const F share = Tier::exp2(spatial - top);
+      F sum = share * sums;
+      for (int64_t s = 0; s < T; ++s) {
+        const F x = Tier::exp2(Tier::load(weight + s * lanes) - top);
+        Tier::store(weight + s * lanes, x);
+        sum += x;
       }
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) Tier::store(w.o + (d + i) * lanes, acc[i] * inverse);
+      const F inverse = 1.f / sum;
+      for (int64_t s = 0; s < T; ++s)
+        Tier::store(weight + s * lanes, Tier::load(weight + s * lanes) * inverse);
+      Tier::store(w.share + j * lanes, share * inverse);
+      Tier::store(text, top + log2(sum));
+      for (int i = 0; i < lanes; ++i)
+        if (live[i] != 0) *at<float>(a.lse, b, t, position[i], h) = text[i];
     }
-    Tier::store(text, top + log2(sum));
-    Stored* out[lanes];
-    for (int i = 0; i < lanes; ++i) {
-      out[i] = nullptr;
-      if (here[i] == 0) continue;
-      out[i] = at<Stored>(a.out, b, t, position[i], h);
-      *at<float>(a.lse, b, t, position[i], h) = text[i];
+    for (int64_t j = 0; j < some * D; ++j)
+      Tier::store(w.o + j * lanes, Tier::load(w.share + j / D * lanes) *
+                                       Tier::load(S + (j0 * D + j) * width));
+    combine(w.weight, T * lanes, lanes, some, w.v, T, D, 1, w.o);
+    for (int64_t j = 0; j < some; ++j) {
+      Stored* row[lanes];
+      const int64_t here = tile + j0 + j;
+      point_live(a.out, b, dates.at[here], h, position, w.live + here * lanes,
+                 reinterpret_cast<Stored*>(w.rows.sink), row);
+      store_transposed(w.o + j * D * lanes, lanes, D, row);
     }
-    store_transposed(w.o, lanes, D, out);
   }
   if (tile > 0) return;
   Tier::store(text, logs);
@@ -355,6 +350,7 @@ void forward(const GyroscopeArgs& a) {
     const FlushDenormals flush;
     Carve carve{space.part(omp_get_thread_num())};
     const ForwardScratch w(a, plan, carve);
+    w.rows.clear(a.D);
     for (int64_t task; (task = next.fetch_add(1)) < tasks;) forward_task<Stored>(a, plan, w, task);
   }
 }

@@ -47,34 +47,40 @@ TIMO_INLINE void store_part(Stored* p, F x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = narrow_to(part[i], Stored{});
 }
 
-// Rows of D channels, one per lane (null: zeros) -> to[d * step + lane].
+// Rows of D channels, one per lane -> to[d * step + lane].
 template <class Stored>
 inline void load_transposed(const Stored* const* row, int64_t D, float* to, int64_t step) {
-  for (int64_t d = 0; d < D; d += lanes) {
-    const int64_t count = std::min<int64_t>(lanes, D - d);
-    F r[lanes];
+  F r[lanes];
+  int64_t d = 0;
+  for (; d + lanes <= D; d += lanes) {
 #pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) r[i] = row[i] ? load_part(row[i] + d, count) : F{};
+    for (int i = 0; i < lanes; ++i) r[i] = Tier::load(row[i] + d);
     Tier::transpose(r);
 #pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i)
-      if (i < count) Tier::store(to + (d + i) * step, r[i]);
+    for (int i = 0; i < lanes; ++i) Tier::store(to + (d + i) * step, r[i]);
   }
+  if (d == D) return;
+  for (int i = 0; i < lanes; ++i) r[i] = load_part(row[i] + d, D - d);
+  Tier::transpose(r);
+  for (int i = 0; i < D - d; ++i) Tier::store(to + (d + i) * step, r[i]);
 }
 
-// from[d * step + lane] -> rows of D channels, one per lane; null rows are left out.
+// from[d * step + lane] -> rows of D channels, one per lane.
 template <class Stored>
 inline void store_transposed(const float* from, int64_t step, int64_t D, Stored* const* row) {
-  for (int64_t d = 0; d < D; d += lanes) {
-    const int64_t count = std::min<int64_t>(lanes, D - d);
-    F r[lanes];
+  F r[lanes];
+  int64_t d = 0;
+  for (; d + lanes <= D; d += lanes) {
 #pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) r[i] = i < count ? Tier::load(from + (d + i) * step) : F{};
+    for (int i = 0; i < lanes; ++i) r[i] = Tier::load(from + (d + i) * step);
     Tier::transpose(r);
 #pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i)
-      if (row[i]) store_part(row[i] + d, r[i], count);
+    for (int i = 0; i < lanes; ++i) Tier::store(row[i] + d, r[i]);
   }
+  if (d == D) return;
+  for (int i = 0; i < lanes; ++i) r[i] = i < D - d ? Tier::load(from + (d + i) * step) : F{};
+  Tier::transpose(r);
+  for (int i = 0; i < lanes; ++i) store_part(row[i] + d, r[i], D - d);
 }
 
 // A row of D channels in float32, padded with zeros to whole vectors.
@@ -83,27 +89,6 @@ TIMO_INLINE void load_row(const Stored* row, int64_t D, float* to) {
   int64_t d = 0;
   for (; d + lanes <= D; d += lanes) Tier::store(to + d, Tier::load(row + d));
   if (d < D) Tier::store(to + d, load_part(row + d, D - d));
-}
-
-// Products of vectors of D channels with one other, in lanes: out[i] = x[i] . y. Sums of 8 channels
-// and of 32 are added up, which loses less than one long sum.
-template <int count>
-TIMO_INLINE void dot(const float* const* x, const float* y, int64_t D, F* out) {
-  for (int i = 0; i < count; ++i) out[i] = F{};
-  for (int64_t d1 = 0; d1 < D; d1 += 32) {
-    F group[count] = {};
-    for (int64_t d0 = d1; d0 < std::min(d1 + 32, D); d0 += 8) {
-      F acc[count] = {};
-      for (int64_t d = d0; d < d0 + 8; ++d)
-#pragma GCC unroll 4
-        for (int i = 0; i < count; ++i)
-          acc[i] += Tier::load(x[i] + d * lanes) * Tier::load(y + d * lanes);
-#pragma GCC unroll 4
-      for (int i = 0; i < count; ++i) group[i] += acc[i];
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < count; ++i) out[i] += group[i];
-  }
 }
 
 template <int NV>
@@ -173,6 +158,16 @@ TIMO_INLINE void point(const Strided& x, int64_t b, int64_t t, int64_t h, List l
                        const Stored** row) {
   for (int i = 0; i < lanes; ++i)
     row[i] = at<Stored>(x, b, t, list.at[std::min(first + i, list.count - 1)], h);
+}
+
+// The same where `live` is not 0; other lanes point to `none`.
+template <class Stored>
+TIMO_INLINE void point_live(const Strided& x, int64_t b, int64_t t, int64_t h,
+                            const Index* position, const float* live, Stored* none,
+                            Stored** row) {
+  Stored* const base = at<Stored>(x, b, t, 0, h);
+  for (int i = 0; i < lanes; ++i)
+    row[i] = live[i] != 0 ? base + position[i] * x.stride[2] : none;
 }
 
 }  // namespace

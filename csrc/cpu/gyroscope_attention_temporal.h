@@ -1,45 +1,116 @@
-// Gradient of the temporal part, float32, positions in lanes: ordinary attention over dates.
+// The temporal part in float32, positions in lanes: products over dates for both directions, and
+// the backward, which is that of ordinary attention over dates.
 #pragma once
 #include "cpu/gyroscope_attention_kernel.h"
 
 namespace timo {
 namespace {
 
-// [date][channel][lanes] and [date][lanes]; q in units of energy_scale.
-struct TemporalScratch {
-  float *q, *k, *v, *dout, *live, *logs, *delta, *weight, *denergy, *result;
+constexpr int64_t date_block = 4;  // dates whose vectors are combined at once
 
-  TemporalScratch(const GyroscopeArgs& a, Carve& c) {
-    for (float** x : {&q, &k, &v, &dout}) *x = c.take<float>(a.T * a.D * lanes);
-    for (float** x : {&live, &logs, &delta, &weight, &denergy}) *x = c.take<float>(a.T * lanes);
-    result = c.take<float>(a.D * lanes);
-  }
+// Rows that stand in for those of dead lanes: zeros to read, and one to write that nobody reads.
+struct Rows {
+  float *zeros, *sink;
+
+  Rows(const GyroscopeArgs& a, Carve& c)
+      : zeros(c.take<float>(a.D)), sink(c.take<float>(a.D)) {}
+  void clear(int64_t D) const { std::fill_n(zeros, D, 0.f); }
 };
 
-// Products of one date's vectors with those of all dates: to[date] = moving[date] . fixed.
-inline void dots(const float* moving, const float* fixed, int64_t T, int64_t D, float* to) {
-  for (int64_t t = 0; t < T; t += 4) {
-    const float* x[4];
-    for (int i = 0; i < 4; ++i) x[i] = moving + std::min(t + i, T - 1) * D * lanes;
-    F acc[4];
-    dot<4>(x, fixed, D, acc);
-    for (int64_t i = t; i < std::min(t + 4, T); ++i) Tier::store(to + i * lanes, acc[i - t]);
+// Products of vectors of D channels: to[i * step + j * lanes] = x[i] . y[j]. Sums of 8 channels are
+// added up, which loses less than one long sum.
+inline void dots(const float* x, int64_t x_count, const float* y, int64_t y_count, int64_t D,
+                 float* to, int64_t step) {
+  for (int64_t i = 0; i < x_count; i += 2)
+    for (int64_t j = 0; j < y_count; j += 4) {
+      const float *u[2], *v[4];
+      for (int k = 0; k < 2; ++k) u[k] = x + std::min(i + k, x_count - 1) * D * lanes;
+      for (int k = 0; k < 4; ++k) v[k] = y + std::min(j + k, y_count - 1) * D * lanes;
+      F sum[2][4] = {};
+      for (int64_t d0 = 0; d0 < D; d0 += 8) {
+        F part[2][4] = {};
+        for (int64_t d = d0 * lanes; d < (d0 + 8) * lanes; d += lanes) {
+          const F u0 = Tier::load(u[0] + d), u1 = Tier::load(u[1] + d);
+#pragma GCC unroll 4
+          for (int k = 0; k < 4; ++k) {
+            const F other = Tier::load(v[k] + d);
+            part[0][k] += u0 * other, part[1][k] += u1 * other;
+          }
+        }
+#pragma GCC unroll 2
+        for (int l = 0; l < 2; ++l)
+#pragma GCC unroll 4
+          for (int k = 0; k < 4; ++k) sum[l][k] += part[l][k];
+      }
+      for (int64_t l = 0; l < std::min<int64_t>(2, x_count - i); ++l)
+        for (int64_t k = 0; k < std::min<int64_t>(4, y_count - j); ++k)
+          Tier::store(to + (i + l) * step + (j + k) * lanes, sum[l][k]);
+    }
+}
+
+// Sums over dates s: to[i][channel] += factor * weight[i, s] * x[s][channel], with weight[i, s] at
+// weight[i * i_step + s * s_step]. At most date_block rows i.
+inline void combine(const float* weight, int64_t i_step, int64_t s_step, int64_t count,
+                    const float* x, int64_t dates, int64_t D, float factor, float* to) {
+  const float* w[date_block];
+  for (int i = 0; i < date_block; ++i) w[i] = weight + std::min<int64_t>(i, count - 1) * i_step;
+  for (int64_t d = 0; d < D; d += 4) {
+    F acc[date_block][4] = {};
+    for (int64_t s = 0; s < dates; ++s) {
+      F value[4];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) value[k] = Tier::load(x + (s * D + d + k) * lanes);
+#pragma GCC unroll 4
+      for (int i = 0; i < date_block; ++i) {
+        const F share = Tier::load(w[i] + s * s_step);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) acc[i][k] += share * value[k];
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < date_block; ++i)
+      for (int k = 0; i < count && k < 4; ++k) {
+        float* at = to + (i * D + d + k) * lanes;
+        Tier::store(at, Tier::load(at) + acc[i][k] * factor);
+      }
   }
 }
 
-// to[channel] = start + sum over dates of weight[date] * x[date][channel].
-inline void weighted(const float* x, const float* weight, int64_t T, int64_t D, float factor,
-                     const float* start, int64_t start_step, float* to) {
-  for (int64_t d = 0; d < D; d += 4) {
-    F acc[4] = {};
-    for (int64_t t = 0; t < T; ++t) {
-      const F w = Tier::load(weight + t * lanes);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) acc[i] += w * Tier::load(x + (t * D + d + i) * lanes);
-    }
-    for (int i = 0; i < 4; ++i) {
-      const F more = start ? Tier::load(start + (d + i) * start_step) : F{};
-      Tier::store(to + (d + i) * lanes, acc[i] * factor + more);
+// [date][channel][lanes] and [date][lanes]; q in units of energy_scale. Weights and gradients of
+// energies [query][key][lanes], once for the queries and once for the keys of a tile of dates.
+struct TemporalScratch {
+  Rows rows;
+  float *q, *k, *v, *dout, *live, *logs, *delta, *result;
+  float *weight[2], *denergy[2];
+
+  TemporalScratch(const GyroscopeArgs& a, int64_t tile_dates, Carve& c) : rows(a, c) {
+    for (float** x : {&q, &k, &v, &dout}) *x = c.take<float>(a.T * a.D * lanes);
+    for (float** x : {&live, &logs, &delta}) *x = c.take<float>(a.T * lanes);
+    for (float** x : {&weight[0], &weight[1], &denergy[0], &denergy[1]})
+      *x = c.take<float>(a.T * tile_dates * lanes);
+    result = c.take<float>(date_block * a.D * lanes);
+  }
+};
+
+// Weights of the temporal keys `first_key` on for the queries `first_query` on, and gradients of
+// their energies; both [query][key][lanes].
+inline void soften(const TemporalScratch& w, int64_t first_query, int64_t queries,
+                   int64_t first_key, int64_t keys, int64_t D, float* weight, float* denergy) {
+  const int64_t q = first_query * D * lanes, k = first_key * D * lanes, step = keys * lanes;
+  dots(w.q + q, queries, w.k + k, keys, D, weight, step);
+  dots(w.dout + q, queries, w.v + k, keys, D, denergy, step);
+  for (int64_t i = 0; i < queries; ++i) {
+    const F logs = Tier::load(w.logs + (first_query + i) * lanes);
+    const F delta = Tier::load(w.delta + (first_query + i) * lanes);
+    for (int64_t j = 0; j < keys; ++j) {
+      float* at = weight + i * step + j * lanes;
+      const F live = Tier::load(w.live + (first_key + j) * lanes);
+      const bool self = first_query + i == first_key + j;
+      const F p = Tier::exp2(Tier::load(at) - logs);
+      const F usable = !self && live > 0.f ? p : F{};
+      Tier::store(at, usable);
+      float* to = denergy + i * step + j * lanes;
+      Tier::store(to, usable * (Tier::load(to) - delta));
     }
   }
 }
@@ -53,66 +124,63 @@ void temporal_backward(const GyroscopeArgs& a, const TemporalScratch& w, int64_t
   const int64_t D = a.D, T = dates.count, count = std::min<int64_t>(lanes, positions.count - first);
   const Index* position = positions.at + first;
   const float scale = energy_scale(a);
-  const Stored* row[lanes];
+  const auto* zeros = reinterpret_cast<const Stored*>(w.rows.zeros);
   for (int64_t t = 0; t < T; ++t) {
+    const int64_t date = dates.at[t];
+    float* live = w.live + t * lanes;
     for (int64_t i = 0; i < lanes; ++i) {
-      const int64_t n = position[std::min(i, count - 1)], date = dates.at[t];
-      const bool live = i < count && usable(a, b, date, n);
-      w.live[t * lanes + i] = live;
-      w.logs[t * lanes + i] = live ? *at<float>(a.lse, b, date, n, h) : 0;
-      w.delta[t * lanes + i] = live ? delta[date * a.N + n] : 0;
+      live[i] = i < count && usable(a, b, date, position[i]);
+      w.logs[t * lanes + i] = live[i] != 0 ? *at<float>(a.lse, b, date, position[i], h) : 0;
+      w.delta[t * lanes + i] = live[i] != 0 ? delta[date * a.N + position[i]] : 0;
     }
     auto load = [&](const Strided& x, float* to) {
-      point(x, b, dates.at[t], h, positions, first, row);
-      for (int i = 0; i < lanes; ++i)
-        if (w.live[t * lanes + i] == 0) row[i] = nullptr;
+      const Stored* row[lanes];
+      point_live(x, b, date, h, position, live, zeros, row);
       load_transposed(row, D, to + t * D * lanes, lanes);
     };
     load(a.q, w.q), load(a.k, w.k), load(a.v, w.v), load(a.grad, w.dout);
     for (int64_t d = t * D; d < (t + 1) * D; ++d)
       Tier::store(w.q + d * lanes, Tier::load(w.q + d * lanes) * scale);
   }
-  // From products to weights and gradients of energies. `moving` is the date of the products,
-  // `logs` and `delta` those of the query's date.
-  auto soften = [&](int64_t fixed, const float* logs, const float* delta, int64_t step) {
-    for (int64_t s = 0; s < T; ++s) {
-      const F energy = Tier::load(w.weight + s * lanes) - Tier::load(logs + s * step);
-      const F weight = Tier::exp2(energy);
-      const bool self = s == fixed;
-      const F p = self ? F{} : Tier::load(w.live + s * lanes) > 0.f ? weight : F{};
-      Tier::store(w.weight + s * lanes, p);
-      Tier::store(w.denergy + s * lanes,
-                  p * (Tier::load(w.denergy + s * lanes) - Tier::load(delta + s * step)));
+  // Dates of the tile as queries [tile_dates][T], and as keys [T][tile_dates]: the same where the
+  // tile holds all dates.
+  const int as_keys = tile_dates == T ? 0 : 1;
+  soften(w, tile, tile_dates, 0, T, D, w.weight[0], w.denergy[0]);
+  if (as_keys) soften(w, 0, T, tile, tile_dates, D, w.weight[1], w.denergy[1]);
+  auto store = [&](const Strided& x, int64_t t, int64_t some) {
+    for (int64_t i = 0; i < some; ++i) {
+      Stored* row[lanes];
+      point_live(x, b, dates.at[t + i], h, position, w.live + (t + i) * lanes,
+                 reinterpret_cast<Stored*>(w.rows.sink), row);
+      store_transposed(w.result + i * D * lanes, lanes, D, row);
     }
   };
-  Stored* to[lanes];
-  auto store = [&](const Strided& x, int64_t t) {
-    for (int64_t i = 0; i < lanes; ++i)
-      to[i] = w.live[t * lanes + i] != 0 ? at<Stored>(x, b, dates.at[t], position[i], h) : nullptr;
-    store_transposed(w.result, lanes, D, to);
-  };
-  for (int64_t t = tile; t < tile + tile_dates; ++t) {
-    const int64_t here = t * D * lanes;
-    // Date t as key of the others.
-    dots(w.q, w.k + here, T, D, w.weight);
-    dots(w.dout, w.v + here, T, D, w.denergy);
-    soften(t, w.logs, w.delta, lanes);
-    weighted(w.dout, w.weight, T, D, 1, dvT + (t - tile) * D * width, width, w.result);
-    store(a.dv, t);
-    weighted(w.q, w.denergy, T, D, static_cast<float>(1 / log2e), nullptr, 0, w.result);
-    store(a.dk, t);
-    // Date t as query. The gradients of one softmax's energies sum to zero and the gate moves all
-    // spatial ones, so the temporal ones alone give its gradient.
-    dots(w.k, w.q + here, T, D, w.weight);
-    dots(w.v, w.dout + here, T, D, w.denergy);
-    soften(t, w.logs + t * lanes, w.delta + t * lanes, 0);
-    weighted(w.k, w.denergy, T, D, static_cast<float>(a.scale), nullptr, 0, w.result);
-    store(a.dq, t);
-    F dgate = {};
-    for (int64_t s = 0; s < T; ++s) dgate -= Tier::load(w.denergy + s * lanes);
-    for (int64_t i = 0; i < count; ++i)
-      if (w.live[t * lanes + i] != 0)
-        store_scalar(a.dgate, a.gate_dtype, b, dates.at[t], position[i], h, dgate[i]);
+  auto clear = [&](int64_t some) { std::fill_n(w.result, some * D * lanes, 0.f); };
+  for (int64_t i = 0; i < tile_dates; i += date_block) {
+    const int64_t t = tile + i, some = std::min(date_block, tile_dates - i);
+    const int64_t row = T * lanes, across = tile_dates * lanes;
+    for (int64_t j = 0; j < some * D; ++j)
+      std::copy_n(dvT + (i * D + j) * width, lanes, w.result + j * lanes);
+    combine(w.weight[as_keys] + i * lanes, lanes, across, some, w.dout, T, D, 1, w.result);
+    store(a.dv, t, some);
+    clear(some);
+    combine(w.denergy[as_keys] + i * lanes, lanes, across, some, w.q, T, D,
+            static_cast<float>(1 / log2e), w.result);
+    store(a.dk, t, some);
+    clear(some);
+    combine(w.denergy[0] + i * row, row, lanes, some, w.k, T, D, static_cast<float>(a.scale),
+            w.result);
+    store(a.dq, t, some);
+    // The gradients of one softmax's energies sum to zero and the gate moves all spatial ones, so
+    // the temporal ones alone give its gradient.
+    for (int64_t j = 0; j < some; ++j) {
+      F dgate = {};
+      for (int64_t s = 0; s < T; ++s)
+        dgate -= Tier::load(w.denergy[0] + (i + j) * row + s * lanes);
+      for (int64_t l = 0; l < count; ++l)
+        if (w.live[(t + j) * lanes + l] != 0)
+          store_scalar(a.dgate, a.gate_dtype, b, dates.at[t + j], position[l], h, dgate[l]);
+    }
   }
 }
 
