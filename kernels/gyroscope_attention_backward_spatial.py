@@ -70,7 +70,7 @@ def spatial_key_kernel(
             p_delta, p_dv, qm_s, v_s, do_s, valid_s, reference_s, delta_s, dv_s, T, N, scale,
             VALIDITY, OWN, PRECISION, D, DP, BM, BN, WIDTHS, TT,
         )  # fmt: skip
-    p_dk += tile * dk_s[0] + b * dk_s[1] + h * dk_s[3] + first * dk_s[2]
+    p_dk += tile.to(tl.int64) * dk_s[0] + b * dk_s[1] + h * dk_s[3] + first * dk_s[2]
     p_dk += (tl.arange(0, BN) * dk_s[2])[:, None] + d[None, :]
     dk = dk * scale
     if OWN:
@@ -225,7 +225,7 @@ def spatial_query_kernel(
             p_delta, km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, T, N, scale,
             VALIDITY, OWN, PRECISION, D, DP, BM, BN, WIDTHS, TT,
         )  # fmt: skip
-    p_dq += tile * dq_s[0] + b * dq_s[1] + h * dq_s[3] + first * dq_s[2]
+    p_dq += tile.to(tl.int64) * dq_s[0] + b * dq_s[1] + h * dq_s[3] + first * dq_s[2]
     p_dq += (tl.arange(0, BM) * dq_s[2])[:, None] + d[None, :]
     dq = dq * scale
     if OWN:

@@ -24,12 +24,12 @@ def median_kernel(
     n = o // (H * D)
     p_x += b * x_b + n * x_n + (o // D) % H * x_h + o % D  # [BLOCK]
     p_valid += b * v_b + n * v_n  # [BLOCK]
-    t = tl.arange(0, DATES)[:, None]  # [DATES, 1]
+    t = tl.arange(0, DATES).to(tl.int64)[:, None]  # [DATES, 1]
     m_t = (t < T) & m[None, :]  # [DATES, BLOCK]
     if HAS_VALID:
         m_t &= tl.load(p_valid[None, :] + t * v_t, mask=m_t, other=0) != 0
     # Beyond T or invalid: +inf never counts as smaller, and such a date is never chosen.
-    x = tl.load(p_x[None, :] + t.to(tl.int64) * x_t, mask=m_t, other=float("inf"))
+    x = tl.load(p_x[None, :] + t * x_t, mask=m_t, other=float("inf"))
     x = x.to(tl.float32)  # [DATES, BLOCK]
     count = tl.sum(m_t.to(tl.int32), axis=0)  # [BLOCK]
     less = tl.zeros([DATES, BLOCK], dtype=tl.int32)

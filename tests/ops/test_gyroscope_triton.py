@@ -185,6 +185,27 @@ def test_offsets_beyond_32_bits():
     assert all(map(torch.equal, got, expected))
 
 
+def test_far_slots_of_sums(small_tiles, monkeypatch):
+    """Tiles of dates whose sums lie further apart than 2^31 elements in all, by a 32-bit stride."""
+    inputs, _, cotangent = make((1, 10, 5, 1, 16), "none", 13, torch.float32)
+    arguments = [x.to(DEVICE) for x in inputs], None, cotangent.to(DEVICE), 1.0
+    expected = evaluate(gyroscope_attention, *arguments, backend="triton")
+    real, seen = torch.empty, []
+
+    def empty(shape, **options):
+        if len(shape) != 5 or options["dtype"] != torch.float32 or shape[0] < 3:
+            return real(shape, **options)
+        seen.append(shape)
+        strides = real(shape, device="meta").stride()
+        whole = real((shape[0] - 1) * 2**30 + strides[0], **options)
+        return whole.as_strided(shape, (2**30, *strides[1:]))
+
+    monkeypatch.setattr(torch, "empty", empty)
+    got = evaluate(gyroscope_attention, *arguments, backend="triton")
+    assert len(seen) == 2, "the slots of dq_median and dk_median"
+    assert all(map(torch.equal, got, expected))
+
+
 def test_record():
     """No GPU has shown parity yet: `auto` passes over it, and says so."""
     inputs, _, _ = make((1, 2, 3, 1, 16), "none", 12, torch.float32)

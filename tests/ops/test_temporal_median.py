@@ -183,16 +183,25 @@ def test_bad_input(x, valid, error, words):
         timo.ops.temporal_median(x, valid)
 
 
-def test_offsets_beyond_32_bits():
-    """A view whose last date lies beyond 2^31 elements; only the pages it touches exist."""
-    if dispatch.unavailable("cpp"):
-        pytest.skip("timo._C is not built")
-    far = 2**31 + 64
-    storage = torch.empty(far + 8, dtype=torch.int16).view(torch.bfloat16)
-    x = storage.as_strided((1, 2, 1, 1, 8), (0, far, 8, 8, 1))
-    x[0, 0], x[0, 1] = 5.0, 3.0
-    values, indices = timo.ops.temporal_median(x, backend="cpp")
-    assert (values == 3).all() and (indices == 1).all()
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_offsets_beyond_32_bits(backend):
+    """Views whose last date lies beyond 2^31 elements; only the pages they touch exist."""
+    if why := skip_reason(backend, "cpu"):
+        pytest.skip(why)
+    far, dates = 2**30, 4  # a stride of 32 bits, an offset of more
+    storage = torch.empty(3 * far + 8, dtype=torch.int16).view(torch.bfloat16)
+    x = storage.as_strided((1, dates, 1, 1, 8), (0, far, 8, 8, 1))
+    for t in range(dates):
+        x[0, t] = 5.0 - t
+    valid = torch.empty(3 * far + 1, dtype=torch.bool).as_strided((1, dates, 1), (0, far, 1))
+    valid.copy_(torch.tensor([True, False, True, True]).view(valid.shape))
+    values, indices = timo.ops.temporal_median(x, backend=backend)
+    assert (values == 3).all() and (indices == 2).all()
+    values, indices = timo.ops.temporal_median(x, valid, backend=backend)
+    assert (values == 3).all() and (indices == 2).all()
+    valid[0, 2] = False
+    values, indices = timo.ops.temporal_median(x, valid, backend=backend)
+    assert (values == 2).all() and (indices == 3).all()
 
 
 def test_interpreter_was_on_where_the_suite_asks_for_it():
