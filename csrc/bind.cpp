@@ -7,6 +7,10 @@
 namespace py = pybind11;
 using namespace timo;
 
+namespace timo {
+void bind_units(py::module_& m);
+}
+
 static MedianArgs median_args(uintptr_t x, Sizes4 stride, uintptr_t valid, Sizes3 valid_stride,
                               uintptr_t values, uintptr_t indices, const Sizes5& size) {
   return {reinterpret_cast<const void*>(x),
@@ -69,6 +73,7 @@ PYBIND11_MODULE(_C, m) {
         });
   m.def("gyroscope_attention_cpu", &gyroscope<gyroscope_attention_cpu>);
   m.def("gyroscope_attention_backward_cpu", &gyroscope<gyroscope_attention_backward_cpu>);
+  bind_units(m);
 #ifdef TIMO_CUDA
   m.def("temporal_median_cuda",
         [](uintptr_t x, Sizes4 stride, int dtype, uintptr_t valid, Sizes3 valid_stride,

@@ -1,4 +1,4 @@
-// Floating dtypes by the numbers that timo.ops.dispatch.dtype_code gives them.
+// Dtypes by the numbers that timo.ops.dispatch.dtype_code gives them.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -6,6 +6,9 @@
 namespace timo {
 
 enum class Dtype : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
+
+// Of frames, numbered likewise; their float64 is left to the reference.
+enum class Pixel : int { f32 = 0, f16 = 2, bf16 = 3, u8 = 4, u16 = 5 };
 
 struct bf16 {
   uint16_t bits;
@@ -17,6 +20,8 @@ struct f16 {
 // Exact widening to the type that comparisons are made in.
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
+inline float widen(uint8_t x) { return x; }
+inline float widen(uint16_t x) { return x; }
 inline float widen(bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float out;
@@ -37,6 +42,34 @@ inline float widen(f16 x) {
   bits |= sign;
   std::memcpy(&out, &bits, 4);
   return out;
+}
+
+// Rounding to nearest, ties to even; NaN stays NaN.
+inline float narrow_to(float x, float) { return x; }
+
+inline bf16 narrow_to(float x, bf16) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return {0x7fc0};
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};  // nearest, ties even
+}
+
+inline f16 narrow_to(float x, f16) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
+  if (bits >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // rounds to infinity
+  if (bits < 0x38800000) {  // subnormal: let a float addition round at the last place, 2^-24
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, 4);
+    return {static_cast<uint16_t>(sign | (bits - 0x3f000000))};
+  }
+  const uint32_t rounded = bits - 0x38000000 + 0xfff + (bits >> 13 & 1);
+  return {static_cast<uint16_t>(sign | rounded >> 13)};
 }
 
 }  // namespace timo

@@ -54,10 +54,81 @@ struct GyroscopeArgs {
 void gyroscope_attention_cpu(const GyroscopeArgs& a);
 void gyroscope_attention_backward_cpu(const GyroscopeArgs& a);
 
+// Which units of which frames (units.md): frames (B, T, C, H, W) by strides; valid (B, T, H, W)
+// bytes by strides, or null; scale and offset (C), or null; ids (B, K) dense, ascending.
+struct Units {
+  void* frames;
+  Sizes5 stride;
+  const uint8_t* valid;
+  Sizes4 valid_stride;
+  const float *scale, *offset;
+  const int64_t* ids;
+  int64_t B, T, C, H, W, K, unit;
+  Pixel pixel;  // dtype of the frames
+};
+
+// tiles (B, K, C, S, S) dense, S = before + unit + after. Forward reads frames and writes tiles;
+// backward reads tiles and writes every element of frames, through scale and without offset.
+struct GatherArgs {
+  Units units;
+  void* tiles;
+  Dtype dtype;  // of the tiles
+  int64_t before, after;
+};
+
+void gather_units_cpu(const GatherArgs& a);
+void gather_units_backward_cpu(const GatherArgs& a);
+
+// tokens (B, K, D) with strides of the first two dimensions, sequence (B, L, D) dense, both of
+// `dtype`; ids (B, K) dense, ascending; mask_token (D) and position (L, D) dense float32. Backward
+// reads sequence, its gradient, and writes tokens and mask_token, through `partial`: (chunks, D)
+// float32, one row for each `scatter_units_chunk` rows of the sequence.
+struct ScatterArgs {
+  void* tokens;
+  std::array<int64_t, 2> stride;
+  const int64_t* ids;
+  float* mask_token;
+  const float* position;
+  void* sequence;
+  float* partial;
+  int64_t B, K, L, D;
+  Dtype dtype;
+};
+
+constexpr int64_t scatter_units_chunk = 64;
+void scatter_units_cpu(const ScatterArgs& a);
+void scatter_units_backward_cpu(const ScatterArgs& a);
+
+// pred and, of the backward, its gradient dpred (B, K, C * unit * unit) dense of `dtype`; mean and
+// rstd (B, K), loss and grad () float32; count () int64; `partial` (B * K, 4) float64 of workspace.
+enum class Norm : int { none = 0, patch = 1, batch = 2 };
+constexpr double variance_eps = 1e-6;
+
+struct LossArgs {
+  Units units;
+  const void* pred;
+  Dtype dtype;
+  Norm norm;
+  float *mean, *rstd, *loss;
+  int64_t* count;
+  double* partial;
+  const float* grad;
+  void* dpred;
+};
+
+void masked_pixel_loss_cpu(const LossArgs& a);
+void masked_pixel_loss_backward_cpu(const LossArgs& a);
+
 // Each launches on `stream` of the current device, checks the launch and throws on an error.
 void temporal_median_cuda(const MedianArgs& a, Dtype dtype, void* stream);
 void temporal_median_backward_cuda(const void* grad, const int64_t* indices, void* out,
                                    int64_t bytes, int64_t B, int64_t T, int64_t channels,
                                    void* stream);
+void gather_units_cuda(const GatherArgs& a, void* stream);
+void gather_units_backward_cuda(const GatherArgs& a, void* stream);
+void scatter_units_cuda(const ScatterArgs& a, void* stream);
+void scatter_units_backward_cuda(const ScatterArgs& a, void* stream);
+void masked_pixel_loss_cuda(const LossArgs& a, void* stream);
+void masked_pixel_loss_backward_cuda(const LossArgs& a, void* stream);
 
 }  // namespace timo

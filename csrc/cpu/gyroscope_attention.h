@@ -98,33 +98,6 @@ inline float widen_flushed(f16 x) {
   return x.bits & 0x8000 ? -magnitude : magnitude;
 }
 
-inline float narrow_to(float x, float) { return x; }
-
-inline bf16 narrow_to(float x, bf16) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if (x != x) return {0x7fc0};
-  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};  // nearest, ties even
-}
-
-inline f16 narrow_to(float x, f16) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
-  if (bits >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // rounds to infinity
-  if (bits < 0x38800000) {  // subnormal: let a float addition round at the last place, 2^-24
-    float magnitude;
-    std::memcpy(&magnitude, &bits, 4);
-    magnitude += 0.5f;
-    std::memcpy(&bits, &magnitude, 4);
-    return {static_cast<uint16_t>(sign | (bits - 0x3f000000))};
-  }
-  const uint32_t rounded = bits - 0x38000000 + 0xfff + (bits >> 13 & 1);
-  return {static_cast<uint16_t>(sign | rounded >> 13)};
-}
-
 // Gates are scalars of a dtype of their own.
 inline float load_scalar(const Strided& x, Dtype dtype, int64_t b, int64_t t, int64_t n,
                          int64_t h) {

@@ -220,5 +220,6 @@ def triton_devices() -> tuple[str, ...]:
 
 
 def dtype_code(dtype: torch.dtype) -> int:
-    """The number that csrc/dtype.h gives a floating dtype."""
-    return (torch.float32, torch.float64, torch.float16, torch.bfloat16).index(dtype)
+    """The number that csrc/dtype.h gives a dtype."""
+    floats = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    return (*floats, torch.uint8, torch.uint16).index(dtype)

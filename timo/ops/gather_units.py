@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timo.ops import dispatch
+from timo.ops import gather_units_compiled as compiled
 from timo.ops.checks import (
     FLOATS,
     RAW,
@@ -14,7 +15,7 @@ from timo.ops.checks import (
     check_valid,
     dtype_name,
 )
-from timo.ops.dispatch import REFERENCE, TRITON, Backend, Request
+from timo.ops.dispatch import CPP, REFERENCE, TRITON, Backend, Request
 from timo.ops.library import define
 
 
@@ -243,19 +244,20 @@ def _request(frames, *inputs, dtype=None, **_) -> Request:
 
 
 HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+NARROW = (torch.uint8, torch.uint16, *HALF_AND_SINGLE)
 ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")
 FORWARD = dispatch.register(
     "gather_units",
     _request,
     Backend(REFERENCE, reference, ANY_DEVICE, RAW),
-    Backend(
-        TRITON, _triton, dispatch.triton_devices(), (torch.uint8, torch.uint16, *HALF_AND_SINGLE)
-    ),
+    Backend(CPP, compiled.forward, ("cpu",), NARROW),
+    Backend(TRITON, _triton, dispatch.triton_devices(), NARROW),
 )
 BACKWARD = dispatch.register(
     "gather_units_backward",
     _request,
     Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
+    Backend(CPP, compiled.backward, ("cpu",), HALF_AND_SINGLE),
     Backend(TRITON, _triton_backward, dispatch.triton_devices(), HALF_AND_SINGLE),
 )
 

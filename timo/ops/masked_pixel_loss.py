@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from timo.ops import dispatch
+from timo.ops import masked_pixel_loss_compiled as compiled
 from timo.ops.checks import FLOATS, RAW, check_same, check_shape, check_tensor
-from timo.ops.dispatch import REFERENCE, TRITON, Backend, Request
+from timo.ops.dispatch import CPP, REFERENCE, TRITON, Backend, Request
 from timo.ops.gather_units import (
+    HALF_AND_SINGLE,
     check_id_values,
     check_ids,
     check_unit,
@@ -158,26 +160,28 @@ def _triton_backward(*inputs):
     return kernels.backward(*inputs)
 
 
-def _request(pred, *_, **__) -> Request:
-    return Request(pred.device, pred.dtype)
+def _request(pred, frames, *_, **__) -> Request:
+    """Of the prediction's dtype, unless the frames are float64."""
+    return Request(pred.device, torch.float64 if frames.dtype == torch.float64 else pred.dtype)
 
 
-def _request_backward(grad, pred, *_, **__) -> Request:
-    return _request(pred)
+def _request_backward(grad, pred, frames, *_, **__) -> Request:
+    return _request(pred, frames)
 
 
-HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")
 FORWARD = dispatch.register(
     "masked_pixel_loss",
     _request,
     Backend(REFERENCE, reference, ANY_DEVICE, FLOATS),
+    Backend(CPP, compiled.forward, ("cpu",), HALF_AND_SINGLE),
     Backend(TRITON, _triton, dispatch.triton_devices(), HALF_AND_SINGLE),
 )
 BACKWARD = dispatch.register(
     "masked_pixel_loss_backward",
     _request_backward,
     Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
+    Backend(CPP, compiled.backward, ("cpu",), HALF_AND_SINGLE),
     Backend(TRITON, _triton_backward, dispatch.triton_devices(), HALF_AND_SINGLE),
 )
 

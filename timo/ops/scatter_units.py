@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from timo.ops import dispatch
+from timo.ops import scatter_units_compiled as compiled
 from timo.ops.checks import FLOATS, check_same, check_shape, check_tensor
-from timo.ops.dispatch import REFERENCE, TRITON, Backend, Request
-from timo.ops.gather_units import check_id_values, check_ids
+from timo.ops.dispatch import CPP, REFERENCE, TRITON, Backend, Request
+from timo.ops.gather_units import HALF_AND_SINGLE, check_id_values, check_ids
 from timo.ops.library import define
 
 
@@ -82,22 +83,32 @@ def _triton_backward(*inputs):
     return kernels.backward(*inputs)
 
 
-def _request(tokens, *_, **__) -> Request:
-    return Request(tokens.device, tokens.dtype)
+def _request(tokens, ids, mask_token, position, **_) -> Request:
+    return _widest(tokens, mask_token.dtype, position.dtype)
 
 
-HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+def _request_backward(grad, ids, mask_dtype) -> Request:
+    return _widest(grad, mask_dtype)
+
+
+def _widest(x: Tensor, *others: torch.dtype) -> Request:
+    """Of the sequence's dtype, unless float64 parameters ask for float64 sums."""
+    return Request(x.device, torch.float64 if torch.float64 in others else x.dtype)
+
+
 ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")
 FORWARD = dispatch.register(
     "scatter_units",
     _request,
     Backend(REFERENCE, reference, ANY_DEVICE, FLOATS),
+    Backend(CPP, compiled.forward, ("cpu",), HALF_AND_SINGLE),
     Backend(TRITON, _triton, dispatch.triton_devices(), HALF_AND_SINGLE),
 )
 BACKWARD = dispatch.register(
     "scatter_units_backward",
-    _request,
+    _request_backward,
     Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
+    Backend(CPP, compiled.backward, ("cpu",), HALF_AND_SINGLE),
     Backend(TRITON, _triton_backward, dispatch.triton_devices(), HALF_AND_SINGLE),
 )
 
