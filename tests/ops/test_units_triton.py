@@ -6,8 +6,13 @@ import pytest
 import torch
 
 from tests.ops.test_gather_units import draw_ids, loop, make, spread
+from tests.ops.test_masked_pixel_loss import NORMS
+from tests.ops.test_masked_pixel_loss import loop as loss_loop
+from tests.ops.test_scatter_units import loop as scatter_loop
 from tests.tolerance import assert_close
-from timo.ops import gather_units
+from timo.ops import gather_units, masked_pixel_loss, scatter_units
+from timo.ops.masked_pixel_loss import BACKWARD as LOSS_BACKWARD
+from timo.ops.masked_pixel_loss import FORWARD as LOSS_FORWARD
 
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -15,6 +20,8 @@ from triton.compiler.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
 from timo.kernels import gather_units as gather_kernels  # noqa: E402
+from timo.kernels import masked_pixel_loss as loss_kernels  # noqa: E402
+from timo.kernels import scatter_units as scatter_kernels  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -84,6 +91,177 @@ def test_far_frames(far_stride):
         assert tiles.any() and torch.equal(tiles, gather_units(near, ids, **arguments))
 
 
+@runs
+@pytest.mark.parametrize("far_stride", range(4))
+def test_far_frames_of_the_loss(far_stride):
+    frames = far_frames(far_stride, torch.Generator().manual_seed(4))
+    ids = torch.tensor([[1, 6], [3, 7]], device=DEVICE)
+    pred = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    results = []
+    for x in (frames, frames.contiguous()):
+        leaf = pred.clone().requires_grad_()
+        loss = masked_pixel_loss(leaf, x, ids, unit=2, norm="patch", backend="triton")
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    assert results[0][0] > 0 and all(map(torch.equal, *results))
+
+
+def lazy(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory that exists where it is touched."""
+    return torch.empty(count, dtype=dtype)
+
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: 9 to 40 GB")
+
+
+@interpreted
+def test_far_tiles():
+    """Single programs among 2^30 tiles a sample: the last tile, 2^32 elements away."""
+    K = 2**30
+    ids, tiles = lazy(2 * K, torch.int64), lazy(2 * K * 4, torch.float16)
+    frames = torch.arange(16.0).view(2, 1, 1, 2, 4)
+    places = torch.tensor([[0, -1], [K - 1, -1]], dtype=torch.int32)
+    ids[K] = 0
+    constants = {"UNIT": 2, "BEFORE": 0, "BANDS": 1, "BLOCK": 4}
+    constants |= {"HAS_SCALE": False, "HAS_VALID": False}
+    gather_kernels.gather_kernel[(1, 2)](
+        frames, ids, places, None, None, None, tiles, 1, 1, 2, 4, K,
+        *frames.stride(), 0, 0, 0, 0, HAS_OFFSET=False, SIZE=2, **constants,
+    )  # fmt: skip
+    assert tiles[4 * K : 4 * K + 4].tolist() == [8, 9, 12, 13]
+    tiles[8 * K - 4 :] = torch.arange(4.0)
+    out = torch.full((2, 1, 1, 2, 4), torch.nan)
+    gather_kernels.gather_backward_kernel[(2, 2)](
+        tiles, places, None, None, out, 1, 1, 2, 4, K, 0, 0, 0, 0, AFTER=0, **constants
+    )
+    assert out[1].flatten().tolist() == [0, 1, 0, 0, 2, 3, 0, 0]
+
+
+@interpreted
+def test_far_rows():
+    """The first channels of 4 rows of 2^30, forward and backward."""
+    D, units = 2**30, 4
+    tokens, position, out = (lazy(units * D, torch.float16) for _ in range(3))
+    places = torch.tensor([[-1, 1, -1, 3]], dtype=torch.int32)
+    for u in range(units):
+        tokens[u * D : u * D + 128] = u
+        position[u * D : u * D + 128] = 10 * u
+    mask_token = torch.full((128,), 100.0)
+    constants = {"ROWS": 4, "BLOCK": 128}
+    scatter_kernels.scatter_kernel[(1, 1)](
+        tokens, places, mask_token, position, out, 4, units, D, **constants
+    )
+    for u, value in enumerate((100, 11, 120, 33)):
+        assert (out[u * D : u * D + 128] == value).all()
+    partial = torch.full((128,), torch.nan)
+    scatter_kernels.scatter_backward_kernel[(1, 1)](
+        out, places, tokens, partial, 4, units, D, **constants
+    )
+    assert (tokens[D : D + 128] == 11).all() and (tokens[3 * D : 3 * D + 128] == 33).all()
+    assert (partial == 220).all()
+
+
+@runs
+@pytest.mark.parametrize("frames_dtype", RAW)
+@pytest.mark.parametrize("norm", NORMS)
+def test_loss_dtypes(frames_dtype, norm, poisoned):
+    """Every dtype of frames, in rows that wide loads can take; all outputs; backends mix."""
+    case = (2, 2, 2, 20, 32, 8, None, 5)
+    frames, ids, scale, offset, valid = make(case, "pixel", frames_dtype, 6)
+    frames = frames.contiguous()
+    scale = scale if frames_dtype.is_floating_point else scale / torch.iinfo(frames_dtype).max
+    dtype = FLOATS[(RAW.index(frames_dtype) + NORMS.index(norm)) % 3]
+    pred = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(7)).to(dtype)
+    wide = pred.double().requires_grad_()
+    exact = loss_loop(wide, frames, ids, scale, offset, valid, 8, norm)
+    (exact_grad,) = torch.autograd.grad(exact, wide, torch.tensor(0.75).double())
+    if frames_dtype.is_floating_point:
+        frames[~valid[:, :, None].expand(frames.shape)] = torch.nan
+    tensors = pred, frames, ids, scale, offset, valid
+    there = [x.to(DEVICE) for x in tensors]
+    assert loss_kernels.arguments(there[1], 5, None, None, None, 8)[2]["STEP"] == 16
+    got = LOSS_FORWARD.backends["triton"].run(*there, 8, norm)
+    expected = LOSS_FORWARD.backends["reference"].run(
+        pred.double(), frames, ids, scale.double(), offset.double(), valid, 8, norm
+    )
+    assert_close(got[0].cpu(), exact.detach(), name="loss")
+    for name, x, y in zip(("mean", "rstd"), got[1:3], expected[1:3]):
+        assert x.dtype == torch.float32
+        assert_close(x.cpu(), y, name=name)
+    assert torch.equal(got[3].cpu(), expected[3])
+    plain = LOSS_FORWARD.backends["reference"].run(*there, 8, norm)
+    grad = torch.tensor(0.75, device=DEVICE)
+    for name, saved in (("triton", got), ("triton", plain), ("reference", got)):
+        x = LOSS_BACKWARD.backends[name].run(grad, *there, 8, *saved[1:])
+        assert x.dtype == dtype
+        assert_close(x.cpu(), exact_grad, name="gradient")
+
+
+@runs
+def test_same_bits_twice_and_strided_constants():
+    """Sums are in one order; scale, offset, tokens and gradients may lie apart."""
+    frames, ids, scale, offset, valid = make((2, 2, 3, 20, 13, 8, None, 5), "date", RAW[4], 8)
+    pred = torch.randn(2, 3 * 64, 5).transpose(1, 2)
+    apart = [torch.stack([x, x], 1)[:, 0].to(DEVICE) for x in (scale, offset)]
+    there = [x.to(DEVICE) for x in (frames, ids, valid, pred)]
+
+    def run(scale, offset):
+        frames, ids, valid, pred = there
+        frames, pred = frames.clone().requires_grad_(), pred.clone().requires_grad_()
+        options = {"scale": scale, "offset": offset, "valid": valid, "backend": "triton"}
+        tiles = gather_units(frames, ids, unit=8, **options)
+        cotangent = torch.arange(tiles.numel(), device=DEVICE) % 7
+        cotangent = cotangent.view(tiles.shape[::-1]).permute(4, 3, 2, 1, 0).to(tiles.dtype)
+        loss = masked_pixel_loss(pred, frames.detach(), ids, unit=8, norm="batch", **options)
+        grads = torch.autograd.grad(tiles, frames, cotangent), torch.autograd.grad(loss, pred)
+        return tiles, loss, grads[0][0], grads[1][0]
+
+    first, second = run(*apart), run(scale.to(DEVICE), offset.to(DEVICE))
+    assert all(map(torch.equal, first, second))
+
+
+@runs
+@pytest.mark.parametrize("D", [200, 130])
+def test_wide_rows_and_many_units(D, poisoned):
+    """Several blocks of channels and of units; the mask token's gradient in two stages."""
+    g = torch.Generator().manual_seed(9)
+    B, K, units = 2, 9, 70
+    tokens, mask_token = torch.randn(B, K, D, generator=g), torch.randn(D, generator=g)
+    position, cotangent = torch.randn(units, D, generator=g), torch.randn(B, units, D, generator=g)
+    ids = draw_ids(B, units, K, g)
+    inputs = tokens, mask_token, position
+    wide = [x.double().requires_grad_() for x in inputs]
+    exact = scatter_loop(wide[0], ids, *wide[1:])
+    expected = exact.detach(), *torch.autograd.grad(exact, wide, cotangent.double())
+    there = [x.to(DEVICE).requires_grad_() for x in inputs]
+    out = scatter_units(there[0], ids.to(DEVICE), *there[1:], backend="triton")
+    got = out.detach(), *torch.autograd.grad(out, there, cotangent.to(DEVICE))
+    for name, x, y in zip(("out", "tokens", "mask_token", "position"), got, expected):
+        assert_close(x.cpu(), y, name=name)
+
+
+@runs
+def test_places():
+    """Bisection among any number of ids, up to all units."""
+    for units in (1, 2, 3, 300):
+        for K in sorted({1, 2, units // 2, units - 1, units} & set(range(1, units + 1))):
+            ids = draw_ids(2, units, K, torch.Generator().manual_seed(units + K))
+            places = gather_kernels.places(ids.to(DEVICE), units).cpu()
+            expected = torch.full((2, units), -1).scatter(1, ids, torch.arange(K).expand(2, K))
+            assert torch.equal(places.long(), expected), (units, K)
+
+
+@runs
+def test_ids_out_of_range_read_nothing():
+    """They are not checked on a GPU; the kernels called directly show what happens there."""
+    frames = torch.ones(1, 1, 1, 4, 4, device=DEVICE)
+    ids = torch.tensor([[-5, 0, 4, 2**40]], device=DEVICE)
+    tiles = gather_kernels.forward(frames, ids, None, None, None, 2, 0, 0, torch.float32)
+    assert tiles.flatten(1).sum(1).item() == 4 and tiles[0, 1].all()
+    pred = torch.zeros(1, 4, 4, device=DEVICE)
+    loss, *_, count = loss_kernels.forward(pred, frames, ids, None, None, None, 2, "none")
+    assert loss == 1 and count == 4
+
+
 @pytest.fixture
 def launches(monkeypatch):
     """What launches would compile for sm_90, without running anything."""
@@ -112,5 +290,12 @@ def test_new_sizes_compile_nothing(launches):
         ones = torch.ones(3)
         tiles = gather_kernels.forward(frames, ids, ones, ones, valid, 8, 3, 2, torch.float32)
         gather_kernels.backward(tiles, ids, ones, valid, T, 20, 13, 8, 3, 2, torch.float32)
+        tokens, sequence = torch.zeros(B, K, 48), torch.zeros(B, T * 6, 48)
+        scatter_kernels.forward(tokens, ids, torch.zeros(48), sequence[0])
+        scatter_kernels.backward(sequence, ids, torch.float32)
+        pred = torch.zeros(B, K, 3 * 64)
+        arguments = pred, frames, ids, ones, ones, valid, 8
+        saved = loss_kernels.forward(*arguments, "batch")
+        loss_kernels.backward(saved[0], *arguments, *saved[1:])
         counts.append(len(launches))
-    assert counts == [3] * 4, launches
+    assert counts == [10] * 4, launches
