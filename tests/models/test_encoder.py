@@ -12,6 +12,7 @@ from tests.models.build import (
     series,
 )
 from tests.models.oracle import assert_same
+from timo import create_model
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -174,3 +175,32 @@ def test_bad_inputs_are_named(changes, words):
 def test_days_without_dates_is_an_error():
     with pytest.raises(ValueError, match="dates is missing"):
         build(temporal_position="days")(series())
+
+
+@pytest.mark.parametrize("with_validity", [False, True])
+def test_checkpointed_blocks_change_memory_alone(with_validity):
+    """Outputs, gradients and running statistics to the bit; less is kept for the backward."""
+    kept, results = [], []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        options = dict(checkpoint_blocks=checkpointed, drop_path_rate=0.2)
+        encoder = create_model("timo_tiny", in_chans=2, **options).train()
+        frames = torch.randn(2, 3, 2, 64, 64)
+        valid = torch.rand(2, 3, 64, 64) > 0.3 if with_validity else None
+        held = [0]
+
+        def count(tensor, held=held):
+            held[0] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            maps = encoder(frames, valid=valid)
+        kept.append(held[0])
+        torch.manual_seed(1)
+        cotangents = [torch.randn_like(x) for x in maps]
+        torch.autograd.backward(maps, cotangents)
+        grads = [p.grad for p in encoder.parameters()]
+        results.append([*maps, *grads, *(b.clone() for b in encoder.buffers())])
+    for plain, again in zip(*results):
+        assert torch.equal(plain, again) if plain is not None else again is None
+    assert kept[1] < 0.5 * kept[0]

@@ -1,7 +1,13 @@
 """Batch normalisation whose statistics leave out invalid entries."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.nn.functional import all_reduce
 
 
 class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -11,6 +17,8 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
     training mode, batch statistics and running statistics come from the valid entries alone;
     invalid entries are normalised by them too. Statistics are float32 for half inputs. A batch
     without a valid entry leaves the running statistics as they are.
+
+    Where `synchronised` is set, a training batch is that of all processes of the default group.
 
     Shape:
         x: (M, C, ...), any floating dtype.
@@ -22,6 +30,8 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    synchronised = False
+    tracking = True  # whether training batches move the running statistics
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.ndim < 2 or x.shape[1] != self.num_features:
@@ -30,26 +40,54 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
             )
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        if valid is None or not self.training:
+        if not self.training:
             return super().forward(x)
+        shared = self.synchronised and dist.is_initialized() and dist.get_world_size() > 1
+        if valid is None and not shared:
+            if self.tracking:
+                return super().forward(x)
+            mean, var = self.running_mean.clone(), self.running_var.clone()
+            return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
         self._check_input_dim(x)
-        self.num_batches_tracked.add_(1)
         dims = (0, *range(2, x.ndim))
         channel = (1, -1) + (1,) * (x.ndim - 2)
-        usable = valid.expand(x.shape[0], *x.shape[2:]).unsqueeze(1)  # [M, 1, ...]
+        usable = x.new_ones((), dtype=torch.bool) if valid is None else valid
+        usable = usable.expand(x.shape[0], *x.shape[2:]).unsqueeze(1)  # [M, 1, ...]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        count = usable.sum().clamp_min(1)
-        mean = torch.where(usable, wide, 0).sum(dims) / count  # [C]
+        count, total = usable.sum(), torch.where(usable, wide, 0).sum(dims)
+        if shared:
+            dist.all_reduce(count)
+            total = all_reduce(total)
+        mean = total / count.clamp_min(1)  # [C]
         centred = wide - mean.view(channel)
-        variance = torch.where(usable, centred, 0).square().sum(dims) / count
-        self._track(mean.detach(), variance.detach(), usable.sum())
+        spread = torch.where(usable, centred, 0).square().sum(dims)
+        if shared:
+            spread = all_reduce(spread)
+        variance = spread / count.clamp_min(1)
+        self._track(mean.detach(), variance.detach(), count)
         scale = self.weight * (variance + self.eps).rsqrt()
         return (centred * scale.view(channel) + self.bias.view(channel)).to(x.dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         """Move the running statistics towards the batch's; the variance is kept unbiased."""
+        if not self.tracking:
+            return
+        self.num_batches_tracked.add_(1)
         step = self.momentum * (count > 0).to(self.running_mean.dtype)
         unbiased = variance * count / (count - 1).clamp_min(1)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), step)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), step)
+
+
+@contextmanager
+def untracked(module: nn.Module) -> Iterator[None]:
+    """Leave running statistics inside `module` alone: a batch that is seen again counts once."""
+    norms = [m for m in module.modules() if isinstance(m, MaskedBatchNorm)]
+    for norm in norms:
+        norm.tracking = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.tracking = True

@@ -26,6 +26,8 @@ _ENCODER = dict(
     drop_path_rate=0.0,
     layer_scale=None,
     temporal_position="index",
+    checkpoint_blocks=False,
+    sync_batchnorm=False,
 )
 # Options of each task with their defaults; the variant fills in the Nones of the first three.
 OPTIONS = {
@@ -48,6 +50,8 @@ CHOICES = dict(
     stem_statistics=("visible", "all"),
     temporal_pool=("decoder", "encoder"),
     per_frame=(False, True),
+    checkpoint_blocks=(False, True),
+    sync_batchnorm=(False, True),
 )
 
 
