@@ -7,7 +7,9 @@ shapes, most telling first; and `problem(shape, dtype, device)`, a `benchmarks.r
 from importlib import import_module
 from types import ModuleType
 
-OPS = ("gyroscope_attention", "temporal_median")
+OPS = (
+    "gyroscope_attention", "temporal_median", "gather_units", "masked_pixel_loss", "scatter_units",
+)  # fmt: skip
 
 
 def load(op: str) -> ModuleType:

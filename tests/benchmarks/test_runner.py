@@ -27,7 +27,7 @@ def problem():
 
 def test_registry():
     """Every op has a benchmark of its name."""
-    assert set(OPS) <= set(dispatch.OPS)
+    assert set(OPS) == {op for op in dispatch.OPS if not op.endswith("_backward")}
     for op in OPS:
         module = load(op)
         sizes = {len(shape) for shape in (*module.SHAPES, *module.CPU_SHAPES)}
@@ -40,7 +40,9 @@ def test_registry():
 def test_every_implementation_passes_the_gate(op):
     module = load(op)
     for dtype, T in ((torch.float32, 3), (torch.bfloat16, 3), (torch.float32, 1)):
-        problem = module.problem((2, T, 33, 2, 16), dtype, CPU)
+        frames = {"B": 2, "T": T, "C": 3, "H": 70, "W": 33}
+        sizes = frames if "C" in module.LAYOUT else {"B": 2, "T": T, "N": 33, "H": 2, "D": 16}
+        problem = module.problem([sizes[x] for x in module.LAYOUT.split(",")], dtype, CPU)
         names = [n for n in problem.calls if "compiled" not in n]
         for row in runner.run(op, SHAPE, dtype, CPU, problem, names=names, budget=0.0):
             assert row["parity"] or row["name"] in problem.forward_only, row

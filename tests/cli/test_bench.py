@@ -74,6 +74,7 @@ def broken(function):
         (("--device", "cuda:99"), "device is 'cuda:99'; torch sees"),
         ((*TINY, "--backend", "fast"), "backend names fast; there are cpp,"),
         (("--direction", "up"), r"direction names ['up']; it must be among forward"),
+        (("gather_units", "--shape", "1,1,1,8,8", "--direction", "both"), "has no gradient"),
         (("--seconds", "0"), "seconds is 0.0; it must be more than 0"),
         (("--out", __file__), "it must be a folder"),
     ],

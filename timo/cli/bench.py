@@ -39,6 +39,8 @@ def bench(arguments: Sequence[str]) -> int:
             )  # fmt: skip
             found = list(found)
             rows += found
+            if not found:
+                raise ValueError(f"direction is backward or both, but {op} has no gradient")
             screen.show(runner.compare(found))
             if out is not None:
                 report.write(out, environment, rows, plot=False)
