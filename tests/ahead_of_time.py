@@ -21,7 +21,7 @@ from tests.ahead_of_time_units import cases as unit_cases
 from timo.kernels import temporal_median
 
 # Shared memory a block may use, bytes (CUDA programming guide, compute capabilities).
-SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
+SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 ALIGNED = [["tt.divisibility", 16]]
 POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
 

@@ -18,6 +18,11 @@ def cases(op: dispatch.Op) -> list[tuple[str, str, torch.dtype]]:
     ]
 
 
+def places(op: dispatch.Op) -> list[tuple[str, str]]:
+    """(backend, device) of `cases`, for tests with a dtype of their own."""
+    return list(dict.fromkeys(case[:2] for case in cases(op)))
+
+
 def skip_reason(backend: str, device: str) -> str | None:
     """Why a case cannot run here; the reason is shown in the summary."""
     if missing := dispatch.unavailable(backend):

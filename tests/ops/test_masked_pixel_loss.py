@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import timo
-from tests.ops.backends import cases, share, skip_reason, slow
+from tests.ops.backends import cases, places, share, skip_reason, slow
 from tests.ops.test_gather_units import draw_ids, spread
 from tests.ops.test_gather_units import make as make_frames
 from tests.tolerance import assert_close
@@ -111,31 +111,42 @@ def test_parity(backend, device, dtype, kind, norm, poisoned):
             assert torch.equal(leaf.detach(), kept), "the input was written to"
 
 
+@pytest.mark.parametrize("backend, device", places(FORWARD))
 @pytest.mark.parametrize("norm", NORMS)
-def test_nothing_to_score(norm):
+def test_nothing_to_score(backend, device, norm):
+    if why := skip_reason(backend, device):
+        pytest.skip(why)
     pred, frames, ids, *_ = make(CASES[1], "none", torch.float32, torch.float32, 3)
     frames.fill_(torch.nan)
-    pred.fill_(torch.nan).requires_grad_()
+    pred.fill_(torch.nan)
     valid = torch.zeros(2, 2, dtype=torch.bool)
-    loss = masked_pixel_loss(pred, frames, ids, valid=valid, unit=8, norm=norm)
+    pred, frames, ids, valid = (x.to(device) for x in (pred, frames, ids, valid))
+    pred.requires_grad_()
+    loss = masked_pixel_loss(pred, frames, ids, valid=valid, unit=8, norm=norm, backend=backend)
     (grad,) = torch.autograd.grad(loss, pred)
     assert loss.item() == 0 and torch.equal(grad, torch.zeros_like(grad))
 
 
+@pytest.mark.parametrize("backend, device", places(FORWARD))
 @pytest.mark.parametrize("norm", ["patch", "batch"])
-def test_one_value_has_no_variance(norm):
-    frames = torch.full((1, 1, 1, 4, 4), torch.nan)
+def test_one_value_has_no_variance(backend, device, norm):
+    if why := skip_reason(backend, device):
+        pytest.skip(why)
+    frames = torch.full((1, 1, 1, 4, 4), torch.nan, device=device)
     frames[0, 0, 0, 1, 2] = 5.0
-    pred = torch.full((1, 1, 16), 3.0, requires_grad=True)
-    valid = frames[:, :, 0] == 5
-    loss = masked_pixel_loss(pred, frames, torch.zeros(1, 1).long(), valid=valid, unit=4, norm=norm)
+    pred = torch.full((1, 1, 16), 3.0, requires_grad=True, device=device)
+    valid, ids = frames[:, :, 0] == 5, torch.zeros(1, 1, dtype=torch.int64, device=device)
+    loss = masked_pixel_loss(pred, frames, ids, valid=valid, unit=4, norm=norm, backend=backend)
     (grad,) = torch.autograd.grad(loss, pred)
     assert loss.item() == 9.0  # the target is (5 - 5) / sqrt(0 + 1e-6)
     assert grad.nonzero().tolist() == [[0, 0, 6]] and grad[0, 0, 6] == 6.0
 
 
-def test_statistics_of_large_numbers():
+@pytest.mark.parametrize("backend, device", places(FORWARD))
+def test_statistics_of_large_numbers(backend, device):
     """Digital numbers far from zero with little spread: variance by two passes."""
+    if why := skip_reason(backend, device):
+        pytest.skip(why)
     g = torch.Generator().manual_seed(8)
     frames = (torch.randn(1, 2, 2, 32, 32, generator=g) * 3 + 20000).round().to(torch.uint16)
     pred = torch.randn(1, 2, 2048, generator=g)
@@ -143,7 +154,8 @@ def test_statistics_of_large_numbers():
     one, zero = torch.ones(2), torch.zeros(2)
     for norm in ("patch", "batch"):
         exact = loop(pred.double(), frames, ids, one, zero, None, 32, norm)
-        loss = masked_pixel_loss(pred, frames, ids, norm=norm)
+        there = [x.to(device) for x in (pred, frames, ids)]
+        loss = masked_pixel_loss(*there, norm=norm, backend=backend)
         assert abs(loss - exact) < 1e-3 * exact, norm
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import timo
-from tests.ops.backends import cases, skip_reason
+from tests.ops.backends import cases, places, skip_reason
 from tests.ops.test_gather_units import draw_ids
 from tests.tolerance import assert_close
 from timo.ops import dispatch, scatter_units
@@ -57,12 +57,19 @@ def test_parity(backend, device, dtype, poisoned):
             assert torch.equal(x.detach(), y), "an input was written to"
 
 
-def test_mask_token_gradient_is_summed_in_float32():
+@pytest.mark.parametrize("backend, device", places(FORWARD))
+def test_mask_token_gradient_is_summed_in_float32(backend, device):
     """In float16 a running sum of ones stops at 2048."""
-    B, K, L = 2, 3, 5000
+    if why := skip_reason(backend, device):
+        pytest.skip(why)
+    B, K, L = 2, 3, 1200
     _, ids, *_ = make((B, K, L, 1), torch.float16, 1)
-    mask_token = torch.zeros(2, dtype=torch.float16, requires_grad=True)
-    out = scatter_units(torch.zeros(B, K, 2).half(), ids, mask_token, torch.zeros(L, 2).half())
+    tokens, mask_token, position = (
+        torch.zeros(*shape, dtype=torch.float16, device=device)
+        for shape in ((B, K, 2), (2,), (L, 2))
+    )
+    mask_token.requires_grad_()
+    out = scatter_units(tokens, ids.to(device), mask_token, position, backend=backend)
     (grad,) = torch.autograd.grad(out, mask_token, torch.ones_like(out))
     assert grad.tolist() == [float(torch.tensor(B * (L - K)).half())] * 2
 
