@@ -4,6 +4,7 @@ import torch
 
 from tests.data.corpora import write_published_layout
 from timo.data import LocationLoader, PublishedCorpus, TransformedSeries
+from timo.data.transforms import sample_generator
 from timo.tasks.data import SeededShuffle
 
 
@@ -42,7 +43,9 @@ def test_batches_are_those_of_the_data_set(corpus, workers, options):
         batches = [{k: v for k, v in batch.items()} for batch in loader]  # more than the ring has
         assert [len(batch["name"]) for batch in batches] == [4, 4, 2]
         for number, batch in enumerate(batches):
-            equal(batch, reference.batch(range(4 * number, min(10, 4 * number + 4))))
+            indices = range(4 * number, min(10, 4 * number + 4))
+            keys = [sample_generator(0, epoch, index).initial_seed() for index in indices]
+            equal(batch, reference.batch(indices) | {"key": torch.tensor(keys)})
     assert len(LocationLoader(data, 4, drop_last=True)) == 2
 
 

@@ -3,9 +3,21 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Trainer
 
+from tests.data.corpora import write_published_layout
 from tests.data.writers import frames, write_rasters, write_tif
-from timo.data import DataError, RasterSeries, SimulatedSeries, open_water
+from timo.data import (
+    DataError,
+    RasterSeries,
+    SimulatedSeries,
+    open_series,
+    open_water,
+    random_flip,
+    random_rotate90,
+)  # fmt: skip
+from timo.data.building import SeriesSource, build_store
+from timo.data.transforms import sample_generator
 from timo.tasks import PretrainingTask, SegmentationTask, SeriesData
 from timo.tasks.data import SeededShuffle, compact_valid
 from timo.tasks.prediction import change_codes, predict_strips
@@ -187,3 +199,47 @@ def test_water_labels_on_the_fly(tmp_path):
     sample = dataset[0]
     wet = sample["image"][:, 0].int() > sample["image"][:, 1].int()
     assert torch.equal(sample["mask"], wet.long())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pretraining_reads_a_store(tmp_path, workers):
+    """Batches of the loader reach the task turned, with the draws of their own samples."""
+    corpus = write_published_layout(tmp_path / "in", locations=6, size=40)
+    build_store(SeriesSource(open_series(corpus)), tmp_path / "store")
+    store = open_series(tmp_path / "store", tile=32, dates=3)
+    data = SeriesData(store, batch_size=2, workers=workers, seed=3)
+    task = PretrainingTask(
+        store.bands, **data.normalisation(), model="timo_tiny", model_options=SMALL
+    )
+    seen = []
+    task.training_step = lambda batch, index, real=task.training_step: (
+        seen.append({k: batch[k] for k in ("image", "name")}), real(batch, index)
+    )[1]  # fmt: skip
+    trainer = Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(task, datamodule=data)
+    assert len(seen) == 6 and trainer.callback_metrics["train/loss"].isfinite()
+    turned = 0
+    for epoch in range(2):
+        store.set_epoch(epoch)
+        part = seen[3 * epoch : 3 * epoch + 3]
+        assert sorted(name for batch in part for name in batch["name"]) == list(
+            f"{i:06d}" for i in range(6)
+        )
+        for batch in part:
+            for index, image in zip(map(int, batch["name"]), batch["image"]):
+                sample = store[index]
+                generator = sample_generator(3, epoch, index)
+                for transform in (random_flip, random_rotate90):
+                    sample = transform(sample, generator)
+                assert torch.equal(image, sample["image"])
+                turned += not torch.equal(image, store[index]["image"])
+    assert turned > 6
+
+
+def test_dates_of_a_store_are_stated_with_the_store(tmp_path):
+    corpus = open_series(write_published_layout(tmp_path / "in", locations=2))
+    with pytest.raises(ValueError, match="dates: state --data.train.dates"):
+        SeriesData(corpus, dates=3)

@@ -71,12 +71,12 @@ class LocationLoader(DataLoader):
     def _received(self, sent: "dict | _Sent") -> dict:
         batch = sent
         if isinstance(sent, _Sent):
-            image = self._ring.take(sent.place, len(sent.dates))
-            batch = {"image": image, "dates": torch.from_numpy(sent.dates), "valid": sent.valid}
+            batch = {"image": self._ring.take(sent.place, sent.count), "valid": sent.valid}
             if sent.valid is None:
-                shape = (*image.shape[:2], *image.shape[3:])
-                batch["valid"] = torch.ones((), dtype=torch.bool).expand(shape)
-            batch |= sent.rest
+                b, t, _, h, w = batch["image"].shape
+                batch["valid"] = torch.ones((), dtype=torch.bool).expand(b, t, h, w)
+            for key, value in sent.rest.items():
+                batch[key] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         if self._pin:
             batch["image"] = batch["image"].pin_memory()
         return batch
@@ -89,11 +89,11 @@ def _as_it_is(batch: "dict | _Sent") -> "dict | _Sent":
 class _Sent(NamedTuple):
     """A batch whose pixels lie at `place` of the ring; `valid` is None where all pixels are.
 
-    Small arrays travel by value: handing over a shared tensor costs more.
+    Small tensors travel as arrays, by value: handing over a shared tensor costs more.
     """
 
     place: int
-    dates: np.ndarray
+    count: int
     valid: Tensor | None
     rest: dict
 
@@ -173,5 +173,9 @@ class _IntoRing(Dataset):
         batch = self.dataset.batch(indices, self._memory[place, : len(indices)])
         valid = batch["valid"]
         everywhere = valid.untyped_storage().nbytes() == 1 and valid.numel() > 1
-        rest = {k: v for k, v in batch.items() if k not in ("image", "dates", "valid")}
-        return _Sent(place, batch["dates"].numpy(), None if everywhere else valid, rest)
+        rest = {
+            key: value.numpy() if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+            if key not in ("image", "valid")
+        }
+        return _Sent(place, len(indices), None if everywhere else valid, rest)

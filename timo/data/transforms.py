@@ -2,7 +2,9 @@
 
 A transform is a function `(sample, generator) -> sample`; the sample is one of the contract or a
 batch of `collate_series`, on any device. Decisions are drawn on the CPU from the explicit
-generator, for each sample of a batch anew, so the result does not depend on the device.
+generator, for each sample of a batch anew, so the result does not depend on the device. A batch
+may also come with one generator for each sample: what happens to a sample then
+depends on its own generator alone, in whatever batch it is.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,18 +17,19 @@ from torch.utils.data import Dataset
 from timo.data.collate import by_date
 from timo.data.contract import SeriesDataset
 
-Transform = Callable[[dict, Generator], dict]
+Generators = Generator | Sequence[Generator]
+Transform = Callable[[dict, Generators], dict]
 
 _SPATIAL = ("image", "valid", "mask")
 
 
-def random_flip(sample: dict, generator: Generator) -> dict:
+def random_flip(sample: dict, generator: Generators) -> dict:
     """Flip left-right with probability 1/2, and up-down with probability 1/2."""
     sample = _where(_coins(sample, generator), sample, lambda x: x.flip(-1))
     return _where(_coins(sample, generator), sample, lambda x: x.flip(-2))
 
 
-def random_rotate90(sample: dict, generator: Generator) -> dict:
+def random_rotate90(sample: dict, generator: Generators) -> dict:
     """Rotate by 0, 90, 180 or 270 degrees, alike likely; by 0 or 180 where H and W differ."""
     h, w = sample["image"].shape[-2:]
     if h == w:
@@ -80,10 +83,14 @@ class TransformedSeries(Dataset):
         return sample | {"key": torch.tensor(generator.initial_seed())}
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict] | dict:
-        # With nothing to change, the data set may make the batch without a copy for each sample.
-        if not self.transforms and hasattr(self.dataset, "__getitems__"):
-            return self.dataset.__getitems__(indices)
+        if not self.transforms and hasattr(self.dataset, "batch"):
+            return self.batch(indices)
         return [self[index] for index in indices]
+
+    def batch(self, indices: Sequence[int], out: Tensor | None = None) -> dict:
+        """Samples of a `LocationSeries` in one batch; see there. Without transforms only."""
+        keys = sample_keys(self.seed, int(self._epoch), indices)
+        return self.dataset.batch(indices, out) | {"key": keys}
 
     def __getattr__(self, name: str):
         if name == "dataset" or name.startswith("__"):  # while unpickling there is no dataset yet
@@ -91,16 +98,14 @@ class TransformedSeries(Dataset):
         return getattr(self.dataset, name)
 
 
+def sample_keys(seed: int, epoch: int, indices: Sequence[int]) -> Tensor:
+    """int64 (len(indices),); each depends on (seed, epoch, its index) and on nothing else."""
+    return torch.from_numpy((_mixed(seed, epoch, indices) % 2**63).astype(np.int64))
+
+
 def sample_generator(seed: int, epoch: int, index: int) -> Generator:
     """CPU generator whose state depends on (seed, epoch, index) and on nothing else."""
-    key = 0
-    for part in (seed, epoch, index):
-        # SplitMix64's finaliser: neighbouring numbers give unrelated seeds.
-        key = (key + part + 0x9E3779B97F4A7C15) % 2**64
-        key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        key = (key ^ (key >> 27)) * 0x94D049BB133111EB % 2**64
-        key ^= key >> 31
-    return Generator().manual_seed(key % 2**63)
+    return Generator().manual_seed(int(sample_keys(seed, epoch, [index])))
 
 
 def sample_uniforms(seed: int, epoch: int, indices: Sequence[int], count: int) -> np.ndarray:
@@ -108,18 +113,29 @@ def sample_uniforms(seed: int, epoch: int, indices: Sequence[int], count: int) -
 
     For whole batches at once, where a generator for each sample would cost more than its pixels.
     """
-    key = np.zeros((len(indices), 1), np.uint64)
-    for part in (seed, epoch, np.asarray(indices, np.int64)[:, None], np.arange(count)):
-        part = part % 2**64 if isinstance(part, int) else part
-        key = key + np.asarray(part).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        key ^= key >> np.uint64(31)
-    return (key >> np.uint64(11)) * 2.0**-53
+    keys = _finalised(_mixed(seed, epoch, indices)[:, None] + np.arange(count, dtype=np.uint64))
+    return (keys >> np.uint64(11)) * 2.0**-53
 
 
-def _coins(sample: dict, generator: Generator) -> Tensor:
+def _mixed(seed: int, epoch: int, indices: Sequence[int]) -> np.ndarray:
+    key = np.zeros(len(indices), np.uint64)
+    for part in (seed % 2**64, epoch % 2**64, np.asarray(indices, np.int64).astype(np.uint64)):
+        key = _finalised(key + np.asarray(part, np.uint64))
+    return key
+
+
+def _finalised(key: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser: neighbouring numbers (uint64) give unrelated ones."""
+    key = key + np.uint64(0x9E3779B97F4A7C15)
+    key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return key ^ (key >> np.uint64(31))
+
+
+def _coins(sample: dict, generator: Generators) -> Tensor:
     """Fair bool of shape (), or (B,) for a batch."""
+    if not isinstance(generator, Generator):
+        return torch.stack([torch.rand((), generator=one) for one in generator]) < 0.5
     image = sample["image"]
     return torch.rand(image.shape[: image.ndim - 4], generator=generator) < 0.5
 
@@ -130,8 +146,9 @@ def _where(chosen: Tensor, sample: dict, change: Callable[[Tensor], Tensor]) -> 
         return sample
     out = dict(sample)
     for key in _SPATIAL:
-        if key in sample:
-            x = sample[key]
+        x = sample.get(key)
+        # Validity of whole dates (B, T) knows no place.
+        if x is not None and x.ndim >= sample["image"].ndim - 2:
             # torch cannot flip uint16; its bits move alike as int16.
             x = x.view(torch.int16) if x.dtype == torch.uint16 else x
             flags = chosen.to(x.device).reshape(chosen.shape + (1,) * (x.ndim - chosen.ndim))

@@ -7,12 +7,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from timo.data import (
     DataError,
+    LocationLoader,
     TemporalSubset,
     TransformedSeries,
     collate_series,
     random_flip,
     random_rotate90,
 )
+from timo.data.locations import LocationSeries
 from timo.data.transforms import sample_generator
 from timo.models.masking import least_usable, usable_units
 
@@ -51,7 +53,12 @@ class SeriesData(LightningDataModule):
         self.test = test
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         transforms = [TemporalSubset(dates)] if dates else []
-        transforms += [random_flip, random_rotate90] if augment else []
+        flips = [random_flip, random_rotate90] if augment else []
+        # Locations of a corpus come in whole batches, which are turned on the device.
+        self._batched = flips if isinstance(train, LocationSeries) else []
+        if isinstance(train, LocationSeries) and dates:
+            raise ValueError("dates: state --data.train.dates, so that only those are read")
+        transforms += [] if self._batched else flips
         self.train = None if train is None else TransformedSeries(train, transforms, seed)
         for name, other in (("val", val), ("test", test)):
             if train is not None and other is not None:
@@ -95,7 +102,17 @@ class SeriesData(LightningDataModule):
         valid = compact_valid(batch["valid"])
         # Counted here, for on the device it would have to be waited for.
         units = least_usable(batch["image"], usable_units(batch["image"], valid))
-        return batch | {"valid": valid, "units": units}
+        batch = batch | {"valid": valid, "units": units}
+        if self._batched:  # draws are made on the host, which must not wait for the device
+            batch["seeds"] = batch["key"].tolist()
+        return batch
+
+    def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
+        if self._batched and self.trainer.training:
+            generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
+            for transform in self._batched:
+                batch = transform(batch, generators)
+        return batch
 
     def train_dataloader(self) -> DataLoader:
         self._sampler = SeededShuffle(len(self.train), self.seed)
@@ -112,13 +129,19 @@ class SeriesData(LightningDataModule):
         return len(self.train) >= self.batch_size
 
     def _loader(self, dataset: Dataset, **options) -> DataLoader:
+        pin = torch.cuda.is_available()
+        if isinstance(getattr(dataset, "dataset", dataset), LocationSeries):
+            return LocationLoader(
+                dataset, self.batch_size, workers=self.workers, pin=pin,
+                persistent_workers=self.workers > 0, **options,
+            )  # fmt: skip
         return DataLoader(
             dataset,
             self.batch_size,
             num_workers=self.workers,
             collate_fn=collate_series,
             persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin,
             **options,
         )
 
