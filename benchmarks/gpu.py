@@ -27,6 +27,7 @@ from .ops import OPS, load
 STEPS = ("build", "parity", "sanitizer", "benchmarks")
 # Of the time that is left when a step begins, it may take this share.
 SHARE = {"build": 0.4, "parity": 0.55, "sanitizer": 0.25}
+SHORTEST = 10.0  # seconds that a command gets at least
 TIMED_OUT = 124
 
 
@@ -148,7 +149,7 @@ def run(out: Path, limit: float, *command, **variables: str) -> int:
             command, cwd=harness.ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
         )
         try:
-            code = process.wait(max(10, limit))
+            code = process.wait(max(SHORTEST, limit))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)  # pytest still writes its report
             try:

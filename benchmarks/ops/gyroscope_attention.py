@@ -37,12 +37,14 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     skipped = {name: "; ".join(why) for name, why in refusals.items() if why}
     if device.type == "cpu":
         skipped["flex-compiled"] = "flex_attention gives no log-sum-exp on CPUs"
-    there = harness.available_memory(device)
+    there, forward_only = harness.available_memory(device), {}
     needs = {"direct": baselines.direct_bytes(shape), "factored": baselines.factored_bytes(shape)}
     for name in others:
-        needed = needs.get(name.removesuffix("-compiled"), 0)
-        if needed > 0.9 * there:
-            skipped[name] = f"needs about {needed / 2**30:.0f} GiB; {there / 2**30:.0f} are free"
+        for need, gap in zip(
+            needs.get(name.removesuffix("-compiled"), ()), (skipped, forward_only)
+        ):
+            if need > 0.9 * there:
+                gap[name] = f"needs about {need / 2**30:.1f} GiB; {there / 2**30:.1f} are free"
 
     def exact():
         wide = [x.detach().double().requires_grad_() for x in leaves]
@@ -60,7 +62,7 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
         least["both"] = least["forward"] + least["backward"]
     return Problem(
         calls, backends, leaves, [cotangent], exact, flop, traffic,
-        baseline=("direct", "factored", "reference"), skipped=skipped,
+        baseline=("direct", "factored", "reference"), skipped=skipped, forward_only=forward_only,
     )  # fmt: skip
 
 

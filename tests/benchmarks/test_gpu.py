@@ -1,9 +1,14 @@
 """What `make gpu` makes of a test report: only what ran and passed throughout is evidence."""
 
+import json
 import subprocess
 import sys
 
+import pytest
+import torch
+
 from benchmarks import gpu
+from benchmarks.ops import load
 
 MODULE = """
 import pytest
@@ -51,3 +56,38 @@ def test_without_a_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "none")])
     assert gpu.main() == 0 and not (tmp_path / "none").exists()
     assert "no CUDA device" in capsys.readouterr().out
+
+
+REPORT = """<testsuites><testsuite><testcase><properties>
+<property name="proves" value="temporal_median triton"/>
+</properties></testcase></testsuite></testsuites>"""
+
+
+@pytest.mark.parametrize("code, passed", [(0, {"temporal_median": ["triton"]}), (124, {})])
+def test_a_run_that_was_cut_off_proves_nothing(tmp_path, monkeypatch, code, passed):
+    def run(out, limit, *command, **variables):
+        (out / "parity.xml").write_text(REPORT)
+        return code
+
+    monkeypatch.setattr(gpu, "run", run)
+    assert gpu.parity(tmp_path, torch.device("cpu"), 1.0) == code
+    record = json.loads((tmp_path / "parity.json").read_text())
+    assert record["passed"] == passed and record["complete"] == (code == 0)
+    assert record["cases"] == {"temporal_median triton": [1, 0]}
+
+
+def test_commands_end_in_time_and_are_logged(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "SHORTEST", 0.1)
+    assert gpu.run(tmp_path, 0.2, sys.executable, "-c", "while True: pass") == 124
+    assert gpu.run(tmp_path, 60, sys.executable, "-c", "print(5 * 5); exit(3)") == 3
+    assert "25\nexit 3\n" in (tmp_path / "log.txt").read_text()
+
+
+def test_benchmarks_write_as_they_go(tmp_path, monkeypatch):
+    """On a CPU the same code; without time there are no rows."""
+    monkeypatch.setattr(gpu, "OPS", ("temporal_median",))
+    monkeypatch.setattr(load("temporal_median"), "SHAPES", [(1, 2, 3, 1, 8)])
+    assert gpu.benchmarks(tmp_path, torch.device("cpu"), 600.0) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ops.json", "ops.md", "ops.png"]
+    assert gpu.benchmarks(tmp_path, torch.device("cpu"), 0.0) == 0
+    assert json.loads((tmp_path / "ops.json").read_text())["rows"] == []

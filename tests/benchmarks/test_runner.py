@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import harness, report, runner
 from benchmarks.ops import OPS, load
+from benchmarks.ops import gyroscope_baselines as baselines
 from timo.ops import dispatch
 
 CPU = torch.device("cpu")
@@ -123,6 +125,30 @@ def test_direct_form_is_left_out_where_memory_is_short(monkeypatch):
     problem = load("gyroscope_attention").problem(SHAPE, torch.float32, CPU)
     assert "needs about" in problem.skipped["direct-compiled"]
     assert set(problem.backends) & set(problem.skipped) == set()
+    enough = baselines.direct_bytes(SHAPE)[0] * 1.2
+    monkeypatch.setattr(harness, "available_memory", lambda device: enough)
+    problem = load("gyroscope_attention").problem(SHAPE, torch.float32, CPU)
+    assert "direct" not in problem.skipped and "needs about" in problem.forward_only["direct"]
+
+
+@pytest.mark.parametrize("name", ["sdpa-flash", "sdpa-efficient", "sdpa-cudnn"])
+def test_kernels_of_gpus_are_called_as_they_are_declared(name):
+    """Names, order and shapes of arguments and results, without a GPU and without values."""
+    B, T, N, H, D = 2, 10, 64, 4, 32
+    shapes = [(B, T, N, H, D)] * 3 + [(B, N, H, D)] * 2 + [(B, T, N, H)]
+    with FakeTensorMode():
+        leaves = [torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in shapes]
+        out = baselines.implementations("cuda")[name](*leaves)
+        grads = torch.autograd.grad(out, leaves, torch.empty_like(out))
+    assert out.shape == shapes[0] and [g.shape for g in grads] == shapes
+
+
+def test_flex_attention_is_composed_rightly(problem):
+    """Not compiled and without gradient, it runs on CPUs too."""
+    leaves = [x.detach() for x in problem.leaves]
+    problem.calls["flex"] = lambda: (baselines.composed(baselines._flex, 8, *leaves),)
+    row = run(problem, names=["flex"], directions=("forward",))["flex", "forward"]
+    assert row["parity"], row["note"]
 
 
 def test_peak_memory():
