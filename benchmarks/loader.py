@@ -40,7 +40,7 @@ from timo.data.building import RasterSource, build_store
 from timo.data.locations import Location, LocationSeries
 from timo.data.published import write_published
 
-SHAPE, TILE, DATES, BATCH = (10, 3, 264, 264), 224, 3, 64
+SHAPE, TILE, DATES, BATCH, SLOW_BATCH = (10, 3, 264, 264), 224, 3, 64, 8
 SAMPLE_BYTES = DATES * 3 * TILE * TILE
 WORKERS = (0, 1, 2)
 BANDS = ("B04", "B03", "B02")
@@ -155,23 +155,23 @@ def zarr_loader(work: Path, order: list, workers: int) -> DataLoader:
 
 def raster_loader(work: Path, order: list, workers: int) -> DataLoader:
     return DataLoader(
-        raster_series(work / "rasters"), BATCH, sampler=order, num_workers=workers,
+        raster_series(work / "rasters"), SLOW_BATCH, sampler=order, num_workers=workers,
         collate_fn=collate_series,
     )  # fmt: skip
 
 
-# Layout -> (loader, folder, samples of a turn where pages are warm: slow layouts get fewer).
-LAYOUTS: dict[str, tuple[Callable, str, int]] = {
-    "store": (store_loader, "store/shards", 32 * BATCH),
-    ".npy": (npy_loader, "npy", 16 * BATCH),
-    "Zarr v3": (zarr_loader, "zarr", 4 * BATCH),
-    "GeoTIFF": (raster_loader, "rasters", 4 * BATCH),
+# Layout -> (loader, folder, most samples of a turn, batch size); slow layouts get fewer.
+LAYOUTS: dict[str, tuple[Callable, str, int, int]] = {
+    "store": (store_loader, "store/shards", 32 * BATCH, BATCH),
+    ".npy": (npy_loader, "npy", 16 * BATCH, BATCH),
+    "Zarr v3": (zarr_loader, "zarr", 4 * BATCH, BATCH),
+    "GeoTIFF": (raster_loader, "rasters", BATCH, SLOW_BATCH),
 }
 
 
 def compare(layout: str, work: Path, workers: int, cold: bool, turns: int) -> dict:
     """Rates of a loader and of the plain copy, in turns."""
-    loader, folder, samples = LAYOUTS[layout]
+    loader, folder, samples, batch = LAYOUTS[layout]
     count = len(StoreSeries(work / "store"))
     rng = np.random.default_rng(1)
     loaded, copied = [], []
@@ -179,10 +179,10 @@ def compare(layout: str, work: Path, workers: int, cold: bool, turns: int) -> di
         order = np.concatenate(
             [1 + rng.permutation(count - 1) for _ in range(1 + samples // count)]
         )
-        order = order[: count - 1 if cold else samples].tolist()
+        order = order[: min(count - 1, samples) if cold else samples].tolist()
         for rates, measure, files in (
             (copied, lambda o=order: copy_rate(work / "store", o, workers), "store/shards"),
-            (loaded, lambda o=order: load_rate(loader, work, o, workers), folder),
+            (loaded, lambda o=order: load_rate(loader, work, o, workers, batch), folder),
         ):
             if cold:
                 forget(work / files)
@@ -196,14 +196,14 @@ def compare(layout: str, work: Path, workers: int, cold: bool, turns: int) -> di
     }  # fmt: skip
 
 
-def load_rate(make: Callable, work: Path, order: list[int], workers: int) -> float:
+def load_rate(make: Callable, work: Path, order: list[int], workers: int, batch: int) -> float:
     """Samples per second after the workers are up and idle.
 
     Batches of location 0 come first, as many as workers prepare ahead, so that the clock starts
     when the first batch of `order` is asked for.
     """
     ahead = 2 * workers
-    loader = iter(make(work, [0] * BATCH * (ahead + 2) + order, workers))
+    loader = iter(make(work, [0] * batch * (ahead + 2) + order, workers))
     next(loader), next(loader)
     time.sleep(0.2 if workers else 0)
     started = time.perf_counter()
@@ -211,7 +211,7 @@ def load_rate(make: Callable, work: Path, order: list[int], workers: int) -> flo
         next(loader)
     batches = sum(1 for _ in loader)
     elapsed = time.perf_counter() - started
-    assert batches == -(-len(order) // BATCH)
+    assert batches == -(-len(order) // batch)
     return len(order) / elapsed
 
 

@@ -5,7 +5,10 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import Dataset
 
+from tests.data.corpora import write_published_layout
 from tests.tasks.test_tasks import SMALL, UNITS
+from timo.data import open_series
+from timo.data.building import SeriesSource, build_store
 from timo.tasks import PretrainingTask, SeriesData
 
 
@@ -45,7 +48,7 @@ class Recorded(PretrainingTask):
         return result.loss
 
 
-def fit(folder, devices: int, batch_size: int, seed: int = 0) -> dict:
+def fit(folder, devices: int, batch_size: int, seed: int = 0, data=None) -> dict:
     """{(epoch, sample): visible ids} of two epochs."""
     folder.mkdir()
     task = Recorded(folder, masking="mixture")
@@ -54,7 +57,7 @@ def fit(folder, devices: int, batch_size: int, seed: int = 0) -> dict:
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
         strategy="ddp_fork" if devices > 1 else "auto",
     )  # fmt: skip
-    trainer.fit(task, SeriesData(Scenes(), batch_size=batch_size, augment=False, seed=seed))
+    trainer.fit(task, SeriesData(data or Scenes(), batch_size=batch_size, augment=False, seed=seed))
     shown = {}
     for path in folder.glob("*.pt"):
         epoch = path.name.split("-")[0]
@@ -71,3 +74,11 @@ def test_two_processes_hide_what_one_hides(tmp_path):
     assert sum(one["0", str(i)] == one["1", str(i)] for i in range(16)) < 4
     other = fit(tmp_path / "other", 1, batch_size=4, seed=1)
     assert sum(one[k] == other[k] for k in one) < 8
+
+
+def test_a_store_is_shared_among_processes(tmp_path):
+    corpus = write_published_layout(tmp_path / "in", locations=16, t=3, size=64)
+    build_store(SeriesSource(open_series(corpus)), tmp_path / "store", dates=3)
+    store = open_series(tmp_path / "store", select=("B04", "B03"))
+    one, two = fit(tmp_path / "one", 1, 8, data=store), fit(tmp_path / "two", 2, 4, data=store)
+    assert len(one) == 32 and one == two

@@ -47,18 +47,27 @@ class LocationLoader(DataLoader):
         self._ring = _Ring(dataset, batch_size, workers * batches + 2)
         self._pin = pin
         self._reused = options.get("persistent_workers", False)
+        # Sampler and batch size go to DataLoader as usual, so that Lightning can share the samples
+        # among processes; only what workers are sent is replaced.
         super().__init__(
             _IntoRing(dataset, self._ring.memory),
-            batch_sampler=_WithPlaces(BatchSampler(sampler, batch_size, drop_last), self._ring),
+            batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
             num_workers=workers,
             collate_fn=_as_it_is,
             **options,
         )
+        self._placed = _WithPlaces(self.batch_sampler, self._ring)
+
+    @property
+    def _index_sampler(self) -> "_WithPlaces":
+        return self._placed
 
     def __iter__(self) -> Iterator[dict]:
         # Workers that live on have put away what an earlier iteration left when this one starts;
         # others end with the iteration.
-        turn = self.batch_sampler.next_turn(take_over=self._reused)
+        turn = self._placed.next_turn(take_over=self._reused)
         batches = super().__iter__()
         try:
             for sent in batches:
