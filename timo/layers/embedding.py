@@ -1,9 +1,14 @@
 """From pixels to tokens, and from tokens to coarser tokens."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timo.layers.norm import MaskedBatchNorm
+
+# Tokens of a map up to which a product with copied windows is faster than a convolution: in units
+# of 4×4 and 2×2 tokens it takes half and a fifth of the time, forward and backward, on a CPU.
+SMALL = 16
 
 
 class Stem(nn.Module):
@@ -27,9 +32,14 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, x: Tensor, valid: Tensor | None = None, halo: bool = False) -> Tensor:
+        # Channels last from here on, as tokens lie; the few bands are cheap to turn.
+        x = x.contiguous(memory_format=torch.channels_last)
         x = F.conv2d(x, self.conv.weight, stride=2, padding=0 if halo else 3)
-        x = self.proj(F.relu(self.bn(x, valid)))
-        return self.norm(x.permute(0, 2, 3, 1))
+        x = F.relu(self.bn(x, valid)).permute(0, 2, 3, 1)  # [M, H/2, W/2, D]
+        # Windows of the second convolution do not overlap: it is a product with 2×2 pixels.
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # [D, 4D]
+        return self.norm(F.linear(x, weight, self.proj.bias))
 
 
 class PatchMerging(nn.Module):
@@ -46,5 +56,9 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(x.permute(0, 3, 1, 2))  # [M, D, h/2, w/2], channels last in memory
-        return self.norm(x.permute(0, 2, 3, 1))
+        if x.shape[1] * x.shape[2] <= SMALL:
+            x = F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(1, 3, 2).unfold(2, 3, 2)
+            x = F.linear(x.flatten(3), self.proj.weight.flatten(1), self.proj.bias)
+        else:
+            x = self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels last in memory
+        return self.norm(x)

@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         """
         token = self.mask_token.flatten()
         x = self.embed(latent).to(token.dtype)  # the residual stream stays wide under autocast
-        code = grid_code(time, *grid, len(token)).to(token.dtype).flatten(-4, -2)
+        code = grid_code(time, *grid, len(token), token.dtype).flatten(-4, -2)
         if code.ndim == 2:
             x = ops.scatter_units(x, visible_ids, token, code)
         else:  # positions differ between the samples
@@ -181,8 +181,7 @@ class MaskedAutoencoder(nn.Module):
             tiles = ops.gather_units(frames, visible_ids, dtype=compute_dtype(weight), **values)
             tokens = encoder.stem(tiles.flatten(0, 1), per_map(pool_valid(seen, 2)), halo=True)
             tokens = tokens.unflatten(0, visible_ids.shape)  # [B, K, 8, 8, D]
-        code = unit_code(time, visible_ids, grid, *tokens.shape[3:])
-        tokens = tokens + code.to(tokens.dtype)
+        tokens = tokens + unit_code(time, visible_ids, grid, *tokens.shape[3:], tokens.dtype)
         latent = encoder.run_stages(tokens, pool_valid(seen, 4))[-1][0].flatten(2)
         pred = self.decoder(latent, visible_ids, masked_ids, time, grid, usable)
         loss = ops.masked_pixel_loss(pred, frames, masked_ids, norm=self.pixel_norm, **values)

@@ -1,12 +1,13 @@
 """Masked autoencoder pretraining."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from timo import create_model
-from timo.models.mae import MAEOutput
+from timo.models.mae import MAEOutput, MaskedAutoencoder
 from timo.models.masking import STRATEGIES, draw_units, unit_grid, usable_units, visible_count
 from timo.tasks.base import SeriesTask
 
@@ -24,6 +25,9 @@ class PretrainingTask(SeriesTask):
         masking: which units: "random" (published), whole dates ("date"), places at all dates
             ("location"), rectangles ("block"), or one of these for each sample ("mixture"); see
             `timo.models.masking.draw_units`.
+        compile: mode of `torch.compile` for training steps, "default", or "reduce-overhead" for
+            CUDA graphs; None runs them as they are written. Shapes must stay as they are: where
+            clouds change the number of visible units, each number is compiled anew.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class PretrainingTask(SeriesTask):
         model_options: dict[str, Any] | None = None,
         mask_ratio: float = 0.75,
         masking: str = "random",
+        compile: Literal["default", "reduce-overhead"] | None = None,
         learning_rate: float = 1.5e-4,
         weight_decay: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -55,6 +60,9 @@ class PretrainingTask(SeriesTask):
         if masking not in STRATEGIES:
             raise ValueError(f"masking is {masking!r}; it must be one of {', '.join(STRATEGIES)}")
         self.mask_ratio, self.masking = mask_ratio, masking
+        self._train = reconstruct
+        if compile:
+            self._train = torch.compile(reconstruct, fullgraph=True, mode=compile)
 
     def forward(self, batch: dict) -> MAEOutput:
         """Reconstruct a batch of raw pixels; normalisation happens where units are gathered.
@@ -63,20 +71,42 @@ class PretrainingTask(SeriesTask):
             batch: image, dates and valid as models take them; key (B,), see `draw_units`; units,
                 the least number of usable units of a sample. `SeriesData` supplies them.
         """
-        frames, valid = batch["image"], batch["valid"]
+        return self._run(reconstruct, batch)
+
+    def _run(self, run: Callable[..., MAEOutput], batch: dict) -> MAEOutput:
         keep = visible_count(batch["units"], self.mask_ratio)
-        usable = usable_units(frames, valid)
-        ids = draw_units(batch["key"], unit_grid(frames), keep, self.masking, usable)
-        scale, offset = self.input_units()
-        return self.model(
-            frames, visible_ids=ids, dates=batch["dates"], valid=valid, scale=scale, offset=offset
-        )
+        tensors = (batch[name] for name in ("image", "key", "dates", "valid"))
+        return run(self.model, *tensors, *self.input_units(), keep, self.masking)
 
     def training_step(self, batch: dict, index: int) -> Tensor:
-        loss = self(batch).loss
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["image"]))
+        loss = self._run(self._train, batch).loss
+        # A copy, for a CUDA graph writes the next loss into the same memory.
+        shown = loss.detach().clone()
+        self.log("train/loss", shown, prog_bar=True, batch_size=len(batch["image"]))
         return loss
 
     def validation_step(self, batch: dict, index: int) -> None:
         loss = self(batch).loss
         self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["image"]), sync_dist=True)
+
+
+def reconstruct(
+    model: MaskedAutoencoder,
+    frames: Tensor,
+    key: Tensor,
+    dates: Tensor,
+    valid: Tensor | None,
+    scale: Tensor,
+    offset: Tensor,
+    keep: int,
+    masking: str,
+) -> MAEOutput:
+    """Draw the visible units and reconstruct the others: what a training step compiles.
+
+    Args:
+        model: the autoencoder.
+        frames, dates, valid, scale, offset: see `MaskedAutoencoder.forward`.
+        key, keep, masking: see `timo.models.masking.draw_units`.
+    """
+    ids = draw_units(key, unit_grid(frames), keep, masking, usable_units(frames, valid))
+    return model(frames, visible_ids=ids, dates=dates, valid=valid, scale=scale, offset=offset)
