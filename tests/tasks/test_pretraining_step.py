@@ -54,9 +54,9 @@ def train(compile, valid, steps: int = 4) -> tuple[list[float], list[torch.Tenso
 
 
 @pytest.mark.parametrize("valid", [None, clouded()], ids=["all", "clouds"])
-def test_compiles_whole_and_once(valid, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-    losses, weights = train("aot_eager", valid)
+def test_compiles_whole_and_once(valid):
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        losses, weights = train("aot_eager", valid)
     expected, exact = train(None, valid)
     assert losses == pytest.approx(expected, rel=1e-5) and losses[0] != losses[1]
     for got, want in zip(weights, exact):
