@@ -2,8 +2,9 @@
 
 Usage: python -m benchmarks.gpu --out FOLDER [--minutes 9.5] [--steps build,parity,...]
 Writes parity.json (which backend passed on which capability; the evidence that `auto` follows
-once it is committed under benchmarks/results), parity.xml, ops.json, ops.md, ops.png and log.txt,
-each as soon as there is something to write. Without a GPU it says so and succeeds.
+once it is committed under benchmarks/results), parity.xml, ops.json, ops.md, ops.png, the
+like for pretraining, and log.txt, each as soon as there is something to write. Without a GPU it
+says so and succeeds.
 """
 
 import argparse
@@ -24,9 +25,9 @@ import torch
 from . import harness, report, runner
 from .ops import OPS, load
 
-STEPS = ("build", "parity", "sanitizer", "benchmarks")
+STEPS = ("build", "parity", "sanitizer", "benchmarks", "pretraining")
 # Of the time that is left when a step begins, it may take this share.
-SHARE = {"build": 0.4, "parity": 0.55, "sanitizer": 0.25}
+SHARE = {"build": 0.4, "parity": 0.55, "sanitizer": 0.25, "benchmarks": 0.6}
 SHORTEST = 10.0  # seconds that a command gets at least
 TIMED_OUT = 124
 
@@ -135,6 +136,13 @@ def benchmarks(out: Path, device: torch.device, limit: float) -> int:
     report.write(out, environment, rows)
     wrong = [row for row in rows if row["ours"] and (row["note"] or "").startswith("wrong")]
     return 1 if wrong else 0
+
+
+def pretraining(out: Path, device: torch.device, limit: float) -> int:
+    """Steps of tiny and base, the fast path against the dense form; rows stay if time runs out."""
+    command = (sys.executable, "-m", "benchmarks.pretraining", "--out", out.resolve())
+    code = run(out, limit, *command, "--models", "timo_base,timo_tiny", "--compile")
+    return 0 if code == TIMED_OUT and (out / "pretraining.json").exists() else code
 
 
 def run(out: Path, limit: float, *command, **variables: str) -> int:

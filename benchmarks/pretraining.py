@@ -25,6 +25,7 @@ from . import harness, report
 from .dense_mae import DenseAutoencoder
 
 SIZE, BANDS, RATIO = 224, 3, 0.75
+OPTIONS: dict = {}  # of the models, beside their names
 PHASES = ("data", "gather and stem", "encoder", "decoder", "loss", "optimiser")
 DENSE, FUSED, FAST, COMPILED = "dense published", "dense, fused attention", "fast", "fast, compiled"
 ROUNDING = 1e-4  # of the loss, in float32
@@ -102,7 +103,7 @@ class Bench:
     def __init__(self, name, dates, batch, precision, device, compiled: bool):
         torch.manual_seed(0)
         self.device, self.precision = device, precision
-        self.model = timo.create_model(name, "mae", BANDS).to(device).train()
+        self.model = timo.create_model(name, "mae", BANDS, **OPTIONS).to(device).train()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.05, fused=True
         )
