@@ -272,7 +272,7 @@ def open_raster(path: str | Path, **options) -> Iterator:
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             with rasterio.open(path, **options) as file:
                 yield file
-    except rasterio.errors.RasterioError as error:
+    except (rasterio.errors.RasterioError, UnicodeDecodeError) as error:  # names of projections
         raise DataError(
             f"{path}: cannot be read as a raster ({error.__cause__ or error}); the file is "
             "missing, cut short or of another format: fetch or write it again"

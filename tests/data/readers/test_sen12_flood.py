@@ -210,7 +210,15 @@ def rewrite(path, pixels, **changes):
         file.write(pixels)
 
 
+def spoil_projection(path):
+    """Name the projection by bytes that are no text."""
+    crs = rasterio.crs.CRS.from_wkt('LOCAL_CS["Nowhere",UNIT["metre",1]]')
+    rewrite(path, np.ones((1, 16, 16), "uint16"), crs=crs)
+    path.write_bytes(path.read_bytes().replace(b"Nowhere", b"Nowh\xd6re"))
+
+
 BAD = {
+    "name of projection": (spoil_projection, "cannot be read"),
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:500]), "cannot be read"),
     "dtype": (lambda p: rewrite(p, np.ones((1, 16, 16), "float32")), "dtype"),
     "bands": (lambda p: rewrite(p, np.ones((3, 16, 16), "uint16")), "band count"),
