@@ -111,3 +111,8 @@ def test_a_run_records_its_splits(tmp_path, capsys):
     scores = json.loads(scores.read_text())
     assert 0 <= scores["test/weighted_precision"] <= 1
     assert scores["data"]["split_hash"] == MTLCC(root, "test").split_hash
+    assert main([
+        "predict", "--run", str(tmp_path / "run"), "--data", "MTLCC", "--data.root", str(root),
+        "--out", str(tmp_path / "maps"),
+    ]) != 0  # fmt: skip
+    assert "MTLCC, which is not cut into windows" in capsys.readouterr().err

@@ -54,6 +54,11 @@ def predict(arguments: Sequence[str]) -> int:
     tile, overlap = options.tile, options.overlap
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap is {overlap}; it must be from 0 to less than tile, {tile}")
+    if "tile" not in options.data.init_args:
+        raise ValueError(
+            f"data is {options.data.class_path}, which is not cut into windows; predict maps "
+            "RasterSeries and NumpySeries"
+        )
     options.data.init_args.tile, options.data.init_args.stride = tile, tile - overlap
     dataset = parser.instantiate(options).data
     task = load_segmenter(options.run, dataset)

@@ -2,17 +2,11 @@
 
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.readers.checks import damages, fuzz
 from timo.data import DataError, validate_sample
-
-damages = st.one_of(
-    st.tuples(st.just("cut"), st.floats(0, 1, exclude_max=True), st.just(0)),
-    st.tuples(st.just("flip"), st.floats(0, 1, exclude_max=True), st.integers(1, 255)),
-    # Headers, where a flipped byte does most, are a small part of a file.
-    st.tuples(st.just("flip"), st.floats(0, 0.05), st.integers(1, 255)),
-)
 
 
 def assert_survives(folder: Path, open_all, examples: int) -> None:
@@ -24,18 +18,12 @@ def assert_survives(folder: Path, open_all, examples: int) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sound = {(i, s["name"]): _form(s) for i, s in _samples(open_all)}
 
-    @settings(
-        max_examples=examples,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(fuzz, max_examples=examples)
     @given(st.integers(0, len(files) - 1), damages)
     def survive(number, damage):
         path, (kind, where, mask) = files[number], damage
         before = path.read_bytes()
-        at = int(where * len(before))
+        at = min(int(where * len(before)), len(before) - 1)
         changed = before[at : at + 1]
         after = before[:at]
         if kind == "flip":

@@ -114,16 +114,30 @@ def test_bands_by_name(copy):
 
 
 def test_check_finds_them_fit(copy, tmp_path):
-    report = check_dataset(copy[2](), tmp_path / "page.html")
+    report = check_dataset(copy[2](), tmp_path / "page.html", max_samples=2)
     assert report.ok and report.labels, str(report)
 
 
-def test_damaged_files(copy):
-    name, root, opened = copy
+SMALL = {
+    "mtlcc": {
+        "size": 12,
+        "dates": mtlcc.DATES[:2],
+        "splits": {"train_fold0": (7,), "test_fold0": (3,), "eval": (5,)},
+    },
+    "multiearth": {"size": 16, "locations": multiearth.LOCATIONS[:2]},
+    "multisenge": {"size": 8, "tiles": multisenge.TILES[:3], "dates": 3},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_damaged_files(name, tmp_path):
+    COPIES[name][0](tmp_path, **SMALL[name])
     options = [{}]
     if name == "multiearth":
         options += [{"sensor": s, "labels": False} for s in ("Sentinel1", "Landsat8")]
-    assert_survives(root, lambda: [opened(**one) for one in options], examples=40)
+    assert_survives(
+        tmp_path, lambda: [open_dataset(name, tmp_path, "all", **one) for one in options], 60
+    )
 
 
 def test_partial_downloads_are_counted(copy):

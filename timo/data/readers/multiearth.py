@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from timo.data.contract import DataError, select_bands
+from timo.data.contract import DataError, select_bands, with_progress
 from timo.data.dates import parse_date, to_days
 from timo.data.readers.common import (
     INCOMPLETE,
@@ -222,7 +222,7 @@ def _scan(root: Path, sensor: str) -> tuple[dict, dict]:
     A label is a path, or (path of a NetCDF file, number of its band).
     """
     files, masks = defaultdict(dict), {}
-    for path in sorted(root.rglob("*")):
+    for path in with_progress(sorted(root.rglob("*")), "names of files"):
         if path.suffix == ".nc":
             found = netcdf_labels(path)
             for key, number in found.items():
