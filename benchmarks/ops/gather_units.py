@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from timo import ops
-from timo.ops import dispatch
 from timo.ops.gather_units import FORWARD
 
 from ..runner import Problem
@@ -22,7 +21,7 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     B, T, C, H, W = shape
     frames, scale, offset = bands(shape, device)
     visible, _ = units(shape, device)
-    request = dispatch.Request(device, frames.dtype)
+    request = FORWARD.request(frames, dtype=dtype)
     calls, backends, skipped = {}, [], {}
     for name, backend in FORWARD.backends.items():
         if why := backend.refusals(request):

@@ -23,11 +23,19 @@ def test_more():
     {more}
 """
 
+SEVERAL = """
+BACKEND, DEVICE, PROVES = "triton", "cuda", ("masked_pixel_loss", "temporal_median")
+
+def test_both():
+    pass
+"""
+
 
 def test_evidence(tmp_path):
     folder = tmp_path / "tests" / "ops"
     folder.mkdir(parents=True)
     (folder / "conftest.py").write_text("from tests.ops.conftest import evidence\n")
+    (folder / "test_several.py").write_text(SEVERAL)
     ends = {"temporal_median": "pass", "gather_units": "assert False",
             "scatter_units": "pytest.skip('cannot')"}  # fmt: skip
     for op, more in ends.items():
@@ -39,13 +47,15 @@ def test_evidence(tmp_path):
     assert gpu.cases(path) == {
         "gather_units cuda": [1, 0],
         "gather_units triton": [0, 1],
+        "masked_pixel_loss triton": [1, 0],
         "scatter_units cuda": [1, 0],
         "scatter_units triton": [0, 1],
         "temporal_median cuda": [1, 0],
-        "temporal_median triton": [1, 0],
+        "temporal_median triton": [2, 0],
     }
     assert gpu.passed(path) == {
         "gather_units": ["cuda"],
+        "masked_pixel_loss": ["triton"],
         "scatter_units": ["cuda"],
         "temporal_median": ["cuda", "triton"],
     }

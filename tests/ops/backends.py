@@ -48,17 +48,18 @@ def share(cases: list, backend: str, device: str, turn: int) -> list[tuple[int, 
     return numbered[turn % 3 :: 3] if slow(backend, device) else numbered
 
 
-def proves(item) -> str | None:
-    """Op and backend that a test is evidence for, as "temporal_median triton"; None off GPUs.
+def proves(item) -> list[str]:
+    """Ops and backend that a test is evidence for, as "temporal_median triton"; empty off GPUs.
 
-    Backend and device are parameters of the test or constants of its module, BACKEND and DEVICE.
+    Backend and device are parameters of the test or constants of its module, BACKEND and DEVICE;
+    the op is that of the module's FORWARD, or those in its PROVES.
     """
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     backend, device = (
         parameters.get(name, getattr(item.module, name.upper(), None))
         for name in ("backend", "device")
     )
-    op = getattr(item.module, "FORWARD", None)
-    if op is None or backend is None or device != "cuda":
-        return None
-    return f"{op.name} {backend}"
+    if backend is None or device != "cuda":
+        return []
+    ops = getattr(item.module, "PROVES", None) or [item.module.FORWARD.name]
+    return [f"{op} {backend}" for op in ops]

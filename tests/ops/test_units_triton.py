@@ -24,7 +24,8 @@ from timo.kernels import masked_pixel_loss as loss_kernels  # noqa: E402
 from timo.kernels import scatter_units as scatter_kernels  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
+BACKEND, DEVICE = "triton", "cpu" if INTERPRETED else "cuda"
+PROVES = ("gather_units", "masked_pixel_loss", "scatter_units")
 runs = pytest.mark.skipif(
     DEVICE == "cuda" and not torch.cuda.is_available(),
     reason="no GPU, and TRITON_INTERPRET is not 1",
