@@ -2,7 +2,7 @@
 
 Usage: python -m benchmarks.gpu --out FOLDER [--minutes 9.5] [--steps build,parity,...]
 Writes parity.json (which backend passed on which capability; the evidence that `auto` follows
-once it is committed under benchmarks/results), parity.xml, ops.json, ops.md, ops.png, the
+once it is committed under benchmarks/results), ops.json, ops.md, ops.png, the
 like for pretraining, and log.txt, each as soon as there is something to write. Without a GPU it
 says so and succeeds.
 """
@@ -91,6 +91,7 @@ def parity(out: Path, device: torch.device, limit: float) -> int:
         "cases": cases(there) if there.exists() else {},
     }
     report.write_json(out / "parity.json", record)
+    there.unlink(missing_ok=True)  # log.txt has what failed
     for proof, (good, bad) in record["cases"].items():
         say(f"  {proof}: {good} passed, {bad} did not")
     return code

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.harness import environment
 from timo.data import (
     LocationLoader,
     PublishedCorpus,
@@ -39,6 +38,8 @@ from timo.data import (
 from timo.data.building import RasterSource, build_store
 from timo.data.locations import Location, LocationSeries
 from timo.data.published import write_published
+
+from .harness import environment
 
 SHAPE, TILE, DATES, BATCH, SLOW_BATCH = (10, 3, 264, 264), 224, 3, 64, 8
 SAMPLE_BYTES = DATES * 3 * TILE * TILE

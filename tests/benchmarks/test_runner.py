@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import harness, report, runner
 from benchmarks.ops import OPS, load
 from benchmarks.ops import gyroscope_baselines as baselines
+from tests.conftest import REPOSITORY
 from timo.ops import dispatch
 
 CPU = torch.device("cpu")
@@ -36,6 +37,13 @@ def test_registry():
         assert sizes == {len(module.LAYOUT.split(","))}
     with pytest.raises(ValueError, match="op is 'mean'; it must be one of"):
         load("mean")
+
+
+def test_the_folder_works_under_both_names():
+    """As `benchmarks` in the tree and as `timo.benchmarks` in an installation."""
+    for path in (REPOSITORY / "benchmarks").rglob("*.py"):
+        for line in path.read_text().splitlines():
+            assert not line.startswith(("from benchmarks", "import benchmarks")), path
 
 
 @pytest.mark.parametrize("op", OPS)
