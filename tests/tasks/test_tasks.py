@@ -243,3 +243,48 @@ def test_dates_of_a_store_are_stated_with_the_store(tmp_path):
     corpus = open_series(write_published_layout(tmp_path / "in", locations=2))
     with pytest.raises(ValueError, match="dates: state --data.train.dates"):
         SeriesData(corpus, dates=3)
+
+
+def test_batches_hold_series_of_similar_length():
+    lengths = torch.randint(20, 61, (500,), generator=torch.Generator().manual_seed(0)).tolist()
+    shuffle = SeededShuffle(500, seed=0, lengths=lengths, batch=8)
+    plain = SeededShuffle(500, seed=0)
+
+    def padding(order):
+        batches = [order[i : i + 8] for i in range(0, 500, 8)]
+        return sum(
+            max(lengths[i] for i in b) * len(b) - sum(lengths[i] for i in b) for b in batches
+        )
+
+    order = list(shuffle)
+    assert sorted(order) == list(range(500)) and order == list(shuffle)
+    assert padding(order) < 0.2 * padding(list(plain))
+    firsts = [lengths[i] for i in order[::8]]
+    assert firsts != sorted(firsts)
+    shuffle.set_epoch(1)
+    assert list(shuffle) != order and padding(list(shuffle)) < 0.2 * padding(list(plain))
+
+
+def test_rasters_of_unequal_length_are_batched_by_length(tmp_path):
+    years = [str(year) for year in range(2001, 2009)]
+    for number, t in enumerate([2, 8, 2, 8, 2, 8, 2, 8]):
+        pixels = frames(t, height=32, width=32, seed=number)
+        write_rasters(tmp_path / str(number), years[:t], pixels)
+    data = SeriesData(RasterSeries(tmp_path), batch_size=4, augment=False)
+    assert sorted(len(batch["dates"][0]) for batch in data.train_dataloader()) == [2, 8]
+    assert all(b["valid"].all() for b in data.train_dataloader())
+    capped = SeriesData(RasterSeries(tmp_path), batch_size=4, dates=2)
+    capped.train_dataloader()
+    assert capped._sampler.lengths is None
+
+
+def test_augmented_batches(tmp_path):
+    corpus = open_series(write_published_layout(tmp_path / "in", locations=4, size=40))
+    data = SeriesData(corpus, batch_size=4, crop=32, band_dropout=0.5, clouds=0.5, workers=1)
+    (batch,) = data.train_dataloader()
+    assert batch["image"].shape == (4, 10, 3, 32, 32) and batch["image"].dtype == torch.uint8
+    assert not batch["valid"].all() and (batch["image"] == 0).flatten(3).all(3).any()
+    bare = SimulatedSeries(1, size=32)
+    bare.units = "DN"
+    with pytest.raises(ValueError, match="clouds: how bright one is"):
+        SeriesData(bare, clouds=0.5)

@@ -6,6 +6,7 @@ not.
 
 from typing import TYPE_CHECKING
 
+from timo.data.augmentation import BandDropout, RandomClouds, RandomResizedCrop
 from timo.data.check import CheckReport, check_dataset
 from timo.data.collate import collate_series
 from timo.data.contract import (
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IGNORE_INDEX",
+    "BandDropout",
     "CheckReport",
     "READERS",
     "DataError",
@@ -38,6 +40,8 @@ __all__ = [
     "LocationLoader",
     "NumpySeries",
     "PublishedCorpus",
+    "RandomClouds",
+    "RandomResizedCrop",
     "RasterSeries",
     "SeriesDataset",
     "SimulatedSeries",

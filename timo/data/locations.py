@@ -89,19 +89,21 @@ class LocationSeries(SeriesDataset):
         if out is None:
             out = torch.empty((len(indices), *self.sample_shape), dtype=_TORCH[self.dtype.name])
         target = out.numpy()
-        days = np.empty((len(indices), self.num_dates), np.int64)
-        valid, names = None, []
         for b, (index, row, col) in enumerate(zip(indices, rows, cols)):
-            name, pixels, moments, complete = self.location(index)
-            days[b] = moments[frames[b]]
-            names.append(name)
+            pixels = self.pixels(index)
             for k, frame in enumerate(frames[b]):
                 window = pixels[frame, :, row : row + h, col : col + w]
                 target[b, k] = window if self._channels is None else window[self._channels]
-                if complete is None or not complete[frame]:
-                    if valid is None:
-                        valid = np.ones((len(indices), self.num_dates, h, w), bool)
-                    valid[b, k] = np.bitwise_or.reduce(window, axis=0) != 0
+        names, days, complete = self.described(indices)
+        days = np.take_along_axis(days, np.asarray(frames), 1).astype(np.int64)
+        valid = None
+        if complete is None or not complete.all():
+            valid = np.ones((len(indices), self.num_dates, h, w), bool)
+            for b, (index, row, col) in enumerate(zip(indices, rows, cols)):
+                for k, frame in enumerate(frames[b]):
+                    if complete is None or not complete[b, frame]:
+                        window = self.pixels(index)[frame, :, row : row + h, col : col + w]
+                        valid[b, k] = np.bitwise_or.reduce(window, axis=0) != 0
         everywhere = torch.ones((), dtype=torch.bool).expand(len(indices), self.num_dates, h, w)
         batch = {
             "image": out,
@@ -124,6 +126,18 @@ class LocationSeries(SeriesDataset):
     def location(self, index: int) -> "Location":
         """Whole location `index`."""
         raise NotImplementedError
+
+    def pixels(self, index: int) -> np.ndarray:
+        """`location(index).pixels`."""
+        return self.location(index).pixels
+
+    def described(self, indices: Sequence[int]) -> tuple[list[str], np.ndarray, np.ndarray | None]:
+        """All but the pixels of locations: names, days (B, T) and complete (B, T) or None."""
+        found = [self.location(index) for index in indices]
+        complete = None
+        if all(one.complete is not None for one in found):
+            complete = np.stack([one.complete for one in found])
+        return [one.name for one in found], np.stack([one.days for one in found]), complete
 
 
 class Location(NamedTuple):

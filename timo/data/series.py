@@ -114,6 +114,10 @@ class WindowedSeries(SeriesDataset):
             sample["window"] = (row, col)
         return sample
 
+    def lengths(self) -> list[int]:
+        """Number of dates of every sample."""
+        return [len(self.series[window[0]].dates) for window in self._windows]
+
     def windows_of(self, number: int) -> list[int]:
         """Indices of the windows of one series, row by row."""
         return [i for i, window in enumerate(self._windows) if window[0] == number]

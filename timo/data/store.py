@@ -115,9 +115,16 @@ class StoreSeries(LocationSeries):
         self.table = table
 
     def location(self, index: int) -> Location:
-        pixels = self._shard(int(self._shards[index]))[self._slots[index]]
-        complete = self.valid_share[index] == 1
-        return Location(self._names[index].as_py(), pixels, self._dates[index], complete)
+        (name,), days, complete = self.described([index])
+        return Location(name, self.pixels(index), days[0], complete[0])
+
+    def pixels(self, index: int) -> np.ndarray:
+        return self._shard(int(self._shards[index]))[self._slots[index]]
+
+    def described(self, indices: Sequence[int]) -> tuple[list[str], np.ndarray, np.ndarray]:
+        rows = np.asarray(indices)
+        names = self._names.take(rows).to_pylist()
+        return names, self._dates[rows], self.valid_share[rows] == 1
 
     def _shard(self, number: int) -> np.ndarray:
         if number in self._maps:

@@ -1,5 +1,7 @@
 """Datasets as a LightningDataModule: batches, augmentation, normalisation."""
 
+from collections.abc import Sequence
+
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -14,6 +16,7 @@ from timo.data import (
     random_flip,
     random_rotate90,
 )
+from timo.data.augmentation import BandDropout, RandomClouds, RandomResizedCrop
 from timo.data.locations import LocationSeries
 from timo.data.transforms import sample_generator
 from timo.models.masking import least_usable, usable_units
@@ -29,6 +32,10 @@ class SeriesData(LightningDataModule):
         batch_size: samples in a batch.
         dates: use this many random dates of each training sample, in order; all if None.
         augment: random flips and quarter turns of training samples, the same for the mask.
+        crop: cut a random square of a quarter to all of a training sample, resized to so many
+            pixels; none if None.
+        band_dropout: probability that a training sample lacks a band.
+        clouds: probability of a simulated cloud on a date of a training sample.
         workers: processes that load samples.
         seed: of shuffling and augmentation; a sample's draws depend on (seed, epoch, index)
             alone, so neither on the number of workers nor on their timing.
@@ -42,6 +49,9 @@ class SeriesData(LightningDataModule):
         batch_size: int = 8,
         dates: int | None = None,
         augment: bool = True,
+        crop: int | None = None,
+        band_dropout: float = 0.0,
+        clouds: float = 0.0,
         workers: int = 0,
         seed: int = 0,
     ):
@@ -53,12 +63,16 @@ class SeriesData(LightningDataModule):
         self.test = test
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         transforms = [TemporalSubset(dates)] if dates else []
+        transforms += [RandomClouds(clouds, cloud_brightness(train))] if clouds else []
+        transforms += [RandomResizedCrop(crop)] if crop else []
+        transforms += [BandDropout(band_dropout)] if band_dropout else []
         flips = [random_flip, random_rotate90] if augment else []
-        # Locations of a corpus come in whole batches, which are turned on the device.
-        self._batched = flips if isinstance(train, LocationSeries) else []
         if isinstance(train, LocationSeries) and dates:
             raise ValueError("dates: state --data.train.dates, so that only those are read")
+        # Locations of a corpus come in whole batches, which are turned on the device.
+        self._batched = flips if isinstance(train, LocationSeries) and not transforms else []
         transforms += [] if self._batched else flips
+        self._dates = dates
         self.train = None if train is None else TransformedSeries(train, transforms, seed)
         for name, other in (("val", val), ("test", test)):
             if train is not None and other is not None:
@@ -115,7 +129,11 @@ class SeriesData(LightningDataModule):
         return batch
 
     def train_dataloader(self) -> DataLoader:
-        self._sampler = SeededShuffle(len(self.train), self.seed)
+        lengths = None
+        if hasattr(self.train.dataset, "lengths"):
+            lengths = [min(t, self._dates or t) for t in self.train.lengths()]
+            lengths = lengths if len(set(lengths)) > 1 else None
+        self._sampler = SeededShuffle(len(self.train), self.seed, lengths, self.batch_size)
         return self._loader(self.train, sampler=self._sampler, drop_last=self._full_batch())
 
     def val_dataloader(self) -> DataLoader | list:
@@ -130,7 +148,8 @@ class SeriesData(LightningDataModule):
 
     def _loader(self, dataset: Dataset, **options) -> DataLoader:
         pin = torch.cuda.is_available()
-        if isinstance(getattr(dataset, "dataset", dataset), LocationSeries):
+        held = getattr(dataset, "dataset", dataset)
+        if isinstance(held, LocationSeries) and not getattr(dataset, "transforms", ()):
             return LocationLoader(
                 dataset, self.batch_size, workers=self.workers, pin=pin,
                 persistent_workers=self.workers > 0, **options,
@@ -147,10 +166,16 @@ class SeriesData(LightningDataModule):
 
 
 class SeededShuffle(Sampler):
-    """A permutation that (seed, epoch) determines."""
+    """A permutation that (seed, epoch) determines.
 
-    def __init__(self, size: int, seed: int):
+    With `lengths`, the number of dates of each sample, runs of `batch` samples are of similar
+    length, so that batches need little padding: within each pool of 32 batches the samples are
+    sorted by length, and the runs are shuffled.
+    """
+
+    def __init__(self, size: int, seed: int, lengths: Sequence[int] | None = None, batch: int = 1):
         self.size, self.seed, self.epoch = size, seed, 0
+        self.lengths, self.batch = lengths, batch
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -160,7 +185,31 @@ class SeededShuffle(Sampler):
 
     def __iter__(self):
         generator = sample_generator(self.seed, self.epoch, -1)
-        return iter(torch.randperm(self.size, generator=generator).tolist())
+        order = torch.randperm(self.size, generator=generator).tolist()
+        if self.lengths is None:
+            return iter(order)
+        pool = 32 * self.batch
+        runs = []
+        for start in range(0, self.size, pool):
+            alike = sorted(order[start : start + pool], key=self.lengths.__getitem__)
+            runs += [alike[i : i + self.batch] for i in range(0, len(alike), self.batch)]
+        # A run that is not full stays last, or every batch after it would straddle two runs.
+        full = [run for run in runs if len(run) == self.batch]
+        rest = [run for run in runs if len(run) < self.batch]
+        shuffled = torch.randperm(len(full), generator=generator).tolist()
+        return iter([i for run in [*(full[k] for k in shuffled), *rest] for i in run])
+
+
+def cloud_brightness(dataset: Dataset) -> Tensor:
+    """Raw value of a cloud in each band, float32 (C,): reflectance 0.7, or 230 of 8 bits."""
+    if dataset.units == "reflectance":
+        return (0.7 - dataset.offset) / dataset.scale
+    if dataset[0]["image"].dtype == torch.uint8:
+        return torch.full((len(dataset.bands),), 230.0)
+    raise ValueError(
+        f"clouds: how bright one is, is known for reflectance and 8 bits only, the units are "
+        f"{dataset.units}; state units=reflectance and scale=, or leave clouds out"
+    )
 
 
 def compact_valid(valid: Tensor) -> Tensor | None:
