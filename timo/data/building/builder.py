@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from timo.data.building.choose import Rules, choose
-from timo.data.building.sources import Source
+from timo.data.building.sources import Source, degrees
 from timo.data.contract import DataError, with_progress
 from timo.data.store import (
     FORMAT,
@@ -243,7 +243,7 @@ def _make_shard(job: _Job, number: int) -> None:
     names = job.names[number * job.per_shard : (number + 1) * job.per_shard]
     shard = job.out / shard_name(number)
     partial = shard.with_name(f".{shard.stem}.{os.getpid()}.partial")
-    rows, log = [], []
+    rows, log, centres = [], [], []
     scenes, locations = Counter(), Counter(candidates=len(names))
     with open(partial, "wb") as file:
         file.write(shard_header((0, *job.shape), dtype))
@@ -269,10 +269,12 @@ def _make_shard(job: _Job, number: int) -> None:
             rows.append({
                 "name": name, "shard": number, "slot": len(rows),
                 "dates": [int(s.moment.astype("datetime64[D]").astype(int)) for s in chosen.scenes],
-                "longitude": candidates.longitude, "latitude": candidates.latitude,
                 "valid": chosen.valid, "cloud": chosen.cloud,
                 "source": [scene.source for scene in chosen.scenes],
             })  # fmt: skip
+            centres.append(candidates.centre)
+        for row, (longitude, latitude) in zip(rows, degrees(centres)):
+            row |= {"longitude": longitude, "latitude": latitude}
         file.seek(0)
         file.write(shard_header((len(rows), *job.shape), dtype))
     record = {"bytes": 0, "sha256": ""}

@@ -118,7 +118,7 @@ class TiffSource(Source):
                     (scene.source, "other grid", "not on the grid of most scenes of the location")
                 )
         found.scenes = [scene for scene, other in zip(found.scenes, apart) if not other]
-        found.longitude, found.latitude = usual.centre(window, self.size)
+        found.centre = usual.centre(window, self.size)
 
 
 class SecoSource(TiffSource):
@@ -284,17 +284,25 @@ class Grid:
         a, b, c, d, e, f = self.transform
         return a * col + b * row + c, d * col + e * row + f
 
-    def centre(self, window: tuple[int, int] | None, size: int) -> tuple[float, float]:
-        """Longitude and latitude of the centre of a window, NaN where the raster has no CRS."""
+    def centre(self, window: tuple[int, int] | None, size: int) -> tuple[str, float, float] | None:
+        """CRS, x and y of the centre of a window; None where the raster has no CRS."""
         if not self.crs:
-            return float("nan"), float("nan")
+            return None
+        row, col = window or ((self.height - size) / 2, (self.width - size) / 2)
+        return self.crs, *self.at(col + size / 2, row + size / 2)
+
+
+def degrees(centres: list[tuple[str, float, float] | None]) -> list[tuple[float, float]]:
+    """Longitude and latitude of each, NaN for None; one call for each CRS, which is what costs."""
+    found = [(float("nan"), float("nan"))] * len(centres)
+    for crs in sorted({centre[0] for centre in centres if centre}):
         from rasterio.warp import transform
 
-        row, col = window or ((self.height - size) / 2, (self.width - size) / 2)
-        (x,), (y,) = transform(
-            self.crs, "EPSG:4326", *([v] for v in self.at(col + size / 2, row + size / 2))
-        )
-        return float(x), float(y)
+        at = [i for i, centre in enumerate(centres) if centre and centre[0] == crs]
+        places = transform(crs, "EPSG:4326", *zip(*(centres[i][1:] for i in at)))
+        for i, longitude, latitude in zip(at, *places):
+            found[i] = float(longitude), float(latitude)
+    return found
 
 
 class _Unfit(Exception):
