@@ -4,7 +4,7 @@ OUT ?= runs/gpu
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: install demo test lint unit interpreter wheel fuzz gpu clean
+.PHONY: install demo test lint unit interpreter wheel fuzz mutations gpu clean
 
 install: .venv/installed build/extension
 
@@ -46,6 +46,10 @@ wheel: install
 fuzz: install
 	TIMO_FUZZ=all OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/ops/test_fuzz.py
 	TIMO_FUZZ=all TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/ops/test_fuzz.py
+
+# All faults of tests/mutations.py, of which `make test` plants a sample.
+mutations: install
+	TIMO_MUTATIONS=all OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/test_mutations.py
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out $(OUT)

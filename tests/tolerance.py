@@ -22,7 +22,7 @@ def assert_close(
         plain: the same from the reference in `got`'s dtype; without it only the ulp term counts,
             eight of them, for results that are a short sum.
         terms: for sums whose terms cancel, the sums of the terms' absolute values: there the unit
-            is taken, in `plain`'s dtype.
+            is taken, in `plain`'s dtype if given.
     """
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
     assert got.isfinite().all() or not exact.isfinite().all(), f"{name}: not finite"
@@ -30,7 +30,7 @@ def assert_close(
         return
     ulp = torch.finfo(got.dtype).eps * exact.abs().max().item()
     if terms is not None:
-        ulp = torch.finfo(plain.dtype).eps * terms.max().item()
+        ulp = torch.finfo((got if plain is None else plain).dtype).eps * terms.max().item()
     error = (got.double() - exact).abs().max().item()
     allowed = ulp * 8 if plain is None else 2 * (plain.double() - exact).abs().max().item() + ulp
     allowed += torch.finfo(got.dtype).tiny

@@ -1,7 +1,7 @@
 """Parity on random shapes, strides, validity and energies; every tier and dtype, between guards.
 
-A sample of the shapes runs with the suite. TIMO_FUZZ=all (`make fuzz`) runs all of them, and
-TIMO_FUZZ=17 shape 17 alone.
+A sample of the shapes runs with the suite. TIMO_FUZZ=all (`make fuzz`) runs all of them,
+TIMO_FUZZ=17 shape 17 alone, TIMO_FUZZ=17,33 two of them.
 """
 
 import os
@@ -10,21 +10,22 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tests.ops import fuzz
+from tests.ops import fuzz, fuzz_units
 from timo.ops import dispatch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-TIERS = ("portable", "avx2", "avx512")
+TIERS = ("portable", "avx2", "avx512", "amx")
+CHECKS = fuzz.CHECKS | fuzz_units.CHECKS
 # Shapes, of which the suite takes every so-many-th; and multiplications of a shape.
-COUNT, EVERY, WORK = (63, 8, 50_000) if INTERPRETED else (1008, 16, 3_000_000)
+COUNT, EVERY, WORK = (63, 8, 50_000) if INTERPRETED else (1008, 24, 3_000_000)
 
 
 def numbers() -> list[int]:
     wanted = os.environ.get("TIMO_FUZZ", "")
-    if wanted.isdigit():
-        return [int(wanted)]
-    return list(range(0, COUNT, 1 if wanted == "all" else EVERY))
+    if wanted in ("", "all"):
+        return list(range(0, COUNT, 1 if wanted else EVERY))
+    return [int(number) for number in wanted.split(",")]
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ def choices(backend: str) -> list[tuple[str, int | None, str]]:
 
 @pytest.mark.parametrize("number", numbers())
 @pytest.mark.parametrize("backend", ["triton" if INTERPRETED else "cpu"])
-@pytest.mark.parametrize("op", fuzz.CHECKS)
+@pytest.mark.parametrize("op", CHECKS)
 def test_parity(op, backend, number):
     """One shape with every validity and dtype; in the interpreter with one dtype for each."""
     for i, kind in enumerate(fuzz.KINDS):
@@ -83,7 +84,7 @@ def test_parity(op, backend, number):
             if INTERPRETED and (i + j + number) % 3:
                 continue
             case = fuzz.random_case(number, kind, dtype, WORK)
-            check = fuzz.CHECKS[op](case)
+            check = CHECKS[op](case)
             for name, level, chosen in choices(backend):
                 with capped(level):
                     try:

@@ -222,6 +222,12 @@ def test_threads_change_no_bit(dtype, kind):
         assert all(map(torch.equal, results[0], other))
 
 
+def test_denormal_numbers_work_as_before():
+    """The kernels flush them while they run, in every thread."""
+    evaluate("cpp", *problem((1, 3, 100, 2, 32)))
+    assert (torch.full((64,), 1e-40) * 0.5 > 0).all()
+
+
 def test_two_python_threads_at_once():
     work = [problem((1, 3, 200 + 50 * i, 2, 32), KINDS[i % 3], seed=i) for i in range(6)]
     alone = [evaluate("cpp", *x) for x in work]
@@ -254,20 +260,6 @@ def test_saved_tensors_serve_every_backend(dtype):
         )
         for name, x, y, p in zip(NAMES[3:], got, exact, plain):
             assert_close(x, y, p, f"{first} to {second}: {name}")
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-def test_offsets_beyond_32_bits(dtype):
-    """Inputs whose last date lies beyond 2^31 elements; only the pages they touch exist."""
-    arguments, cotangent = problem((1, 2, 9, 1, 32), dtype=dtype, seed=11)
-    far = 2**31 + 64
-    storage = torch.empty(far + 5 * 288, dtype=torch.int16).view(dtype)
-    moved = []
-    for i, x in enumerate((*arguments[:3], cotangent)):
-        y = storage.as_strided((1, 2, 9, 1, 32), (0, far, 32, 32, 1), i * 288)
-        moved.append(y.copy_(x))
-    got = evaluate("cpp", [*moved[:3], *arguments[3:]], moved[3])
-    assert all(map(torch.equal, got, evaluate("cpp", arguments, cotangent)))
 
 
 MEMORY = """

@@ -1,0 +1,409 @@
+"""Faults that the suite must find: a change of one place, and the tests that turn red.
+
+Each is a mistake that is easily made in such a kernel. Tests are chosen to be quick.
+"""
+
+from typing import NamedTuple
+
+FUZZ = "tests/ops/test_fuzz.py"
+CPP = "tests/ops/test_gyroscope_cpp.py"
+TRITON = "tests/ops/test_gyroscope_triton.py"
+INTERPRET = "TRITON_INTERPRET=1"
+
+CPP_FUZZ = ("TIMO_FUZZ=16,32,64,75,96", FUZZ, "-k", "gyroscope_attention")
+CPP_FAR = (CPP, "-k", "(far_below or renewed) and dtype0")
+CPP_OFFSETS = ("tests/ops/test_far_offsets.py", "-k", "date")
+MEDIAN_FUZZ = ("TIMO_FUZZ=16,32,48", FUZZ, "-k", "temporal_median")
+TRITON_FUZZ = (INTERPRET, "TIMO_FUZZ=0,24,29", FUZZ, "-k", "gyroscope_attention")
+TRITON_BLOCKS = (INTERPRET, TRITON, "-k", "far_below and dtype0")
+TRITON_SLOTS = (INTERPRET, TRITON, "-k", "far_slots")
+TRITON_MEDIAN_FUZZ = (INTERPRET, "TIMO_FUZZ=0,8,16", FUZZ, "-k", "temporal_median")
+MEDIAN_OFFSETS = (INTERPRET, "tests/ops/test_temporal_median.py", "-k", "beyond and triton")
+
+GATHER = ("tests/ops/test_gather_units.py", "-k", "(parity or gradient) and cpp")
+SCATTER = ("tests/ops/test_scatter_units.py", "-k", "parity and cpp")
+LOSS = ("tests/ops/test_masked_pixel_loss.py", "-k", "parity and cpp and date")
+TRITON_GATHER = (INTERPRET, GATHER[0], "-k", "(parity or gradient) and triton")
+TRITON_SCATTER = (INTERPRET, SCATTER[0], "-k", "parity and triton")
+TRITON_LOSS = (INTERPRET, LOSS[0], "-k", "parity and triton and date")
+
+ATTENTION = "csrc/cpu/gyroscope_attention"
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str  # occurs once
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = [
+    Mutant(
+        "cpp: strides of dates and positions exchanged",
+        f"{ATTENTION}.h",
+        "t * x.stride[1] + n * x.stride[2] +",
+        "t * x.stride[2] + n * x.stride[1] +",
+        CPP_FUZZ,
+    ),
+    Mutant(
+        "cpp: 32-bit offset of a date",
+        f"{ATTENTION}.h",
+        "b * x.stride[0] + t * x.stride[1] +",
+        "b * x.stride[0] + static_cast<int32_t>(t * x.stride[1]) +",
+        CPP_OFFSETS,
+    ),
+    Mutant(
+        "cpp: validity transposed",
+        f"{ATTENTION}.h",
+        "t * a.valid_stride[1] + n * a.valid_stride[2]]",
+        "t * a.valid_stride[2] + n * a.valid_stride[1]]",
+        CPP_FUZZ,
+    ),
+    Mutant(
+        "cpp: a date attends to itself",
+        f"{ATTENTION}_forward.h",
+        "energy = s != here && Tier",
+        "energy = s >= 0 && Tier",
+        CPP_FUZZ,
+    ),
+    Mutant(
+        "cpp: keys past the end are counted",
+        f"{ATTENTION}_forward.h",
+        "const int64_t real = std::min<int64_t>(rows, count - m);",
+        "const int64_t real = std::min<int64_t>(rows, count - m + 1);",
+        CPP_FUZZ,
+    ),
+    Mutant(
+        "cpp: sums are not rescaled to a new reference",
+        f"{ATTENTION}_forward.h",
+        "Tier::store(s, Tier::load(s) * factor);",
+        "Tier::store(s, Tier::load(s));",
+        CPP_FAR,
+    ),
+    Mutant(
+        "cpp: rescaled by the inverse factor",
+        f"{ATTENTION}_forward.h",
+        "Tier::exp2(old - top[j])",
+        "Tier::exp2(top[j] - old)",
+        CPP_FAR,
+    ),
+    Mutant(
+        "cpp: the old reference is kept",
+        f"{ATTENTION}_forward.h",
+        "keep ? old : top[j]",
+        "keep ? old : old",
+        CPP_FAR,
+    ),
+    Mutant(
+        "cpp: dates never get a reference of their own",
+        f"{ATTENTION}_forward.h",
+        "if (mass >= mass_limit ||",
+        "if (mass >= 0 ||",
+        CPP_FAR,
+    ),
+    Mutant(
+        "cpp: no gradient of dates with a reference of their own",
+        f"{ATTENTION}_backward.h",
+        "if (g.share[scalar] != own_reference) continue;",
+        "if (g.share[scalar] <= own_reference) continue;",
+        CPP_FAR,
+    ),
+    Mutant(
+        "cpp: sums in float16",
+        f"{ATTENTION}_kernel.h",
+        "Tier::store(to, Tier::load(to) + acc[i][j]);",
+        "F sum = Tier::load(to) + acc[i][j];\n"
+        "      for (int l = 0; l < lanes; ++l) sum[l] = widen(narrow_to(sum[l], f16{}));\n"
+        "      Tier::store(to, sum);",
+        CPP_FUZZ,
+    ),
+    Mutant(
+        "cpp: last channel of a tail is lost",
+        f"{ATTENTION}_kernel.h",
+        "for (int64_t i = 0; i < count; ++i) part[i] = widen_flushed(p[i]);",
+        "for (int64_t i = 0; i + 1 < count; ++i) part[i] = widen_flushed(p[i]);",
+        CPP_FUZZ,
+    ),
+    Mutant(
+        "cpp: one channel too many is written",
+        f"{ATTENTION}_kernel.h",
+        "for (int64_t i = 0; i < count; ++i) p[i] = narrow_to(part[i], Stored{});",
+        "for (int64_t i = 0; i < count + 1; ++i) p[i] = narrow_to(part[i], Stored{});",
+        CPP_FUZZ,
+    ),
+    Mutant(
+        "cpp: no gradient of the gate",
+        f"{ATTENTION}_temporal.h",
+        "dgate -= Tier::load(w.denergy[0] + (i + j) * row + s * lanes);",
+        "dgate -= F{};",
+        CPP_FUZZ,
+    ),
+    Mutant(
+        "cpp: delta is left out",
+        f"{ATTENTION}_backward.h",
+        "to[D] = -share * g.delta[scalar];",
+        "to[D] = 0;",
+        CPP_FUZZ,
+    ),
+    Mutant(
+        "cpp: dq_median without the scale",
+        f"{ATTENTION}_backward.h",
+        "load_part(dq + d, a.D - d) * static_cast<float>(a.scale)",
+        "load_part(dq + d, a.D - d)",
+        CPP_FUZZ,
+    ),
+    Mutant(
+        "cpp: gradients of invalid entries are not cleared",
+        f"{ATTENTION}.cpp",
+        "clear(a.dq, t, h), clear(a.dk, t, h), clear(a.dv, t, h);",
+        "clear(a.dq, t, h), clear(a.dv, t, h);",
+        CPP_FUZZ,
+    ),
+    Mutant(
+        "cpp: denormal numbers stay flushed",
+        f"{ATTENTION}.h",
+        "~FlushDenormals() { _mm_setcsr(old); }",
+        "~FlushDenormals() { _mm_setcsr(old | 0x8040); }",
+        (CPP, "-k", "denormal"),
+    ),
+    Mutant(
+        "cpp: upper median of an even count",
+        "csrc/cpu/temporal_median.cpp",
+        "middle = (count - 1) / 2;",
+        "middle = count / 2;",
+        MEDIAN_FUZZ,
+    ),
+    Mutant(
+        "cpp: the last date of equals is selected",
+        "csrc/cpu/temporal_median.cpp",
+        "for (int i = count - 1; i >= 0; --i)",
+        "for (int i = 0; i < count; ++i)",
+        MEDIAN_FUZZ,
+    ),
+    Mutant(
+        "triton: strides of dates and positions exchanged",
+        "kernels/gyroscope_attention_forward.py",
+        "        p_k += k_s[1]\n        p_v += v_s[1]\n",
+        "        p_k += k_s[1]\n        p_v += v_s[2]\n",
+        TRITON_FUZZ,
+    ),
+    Mutant(
+        "triton: a date attends to itself",
+        "kernels/gyroscope_attention_forward.py",
+        "e = tl.where((t != s)[None, :] & m_s[:, None], e,",
+        "e = tl.where((t >= 0)[None, :] & m_s[:, None], e,",
+        TRITON_FUZZ,
+    ),
+    Mutant(
+        "triton: a key past the end is counted",
+        "kernels/gyroscope_attention_forward.py",
+        "        m_c = c < N\n",
+        "        m_c = c < N + 1\n",
+        TRITON_FUZZ,
+    ),
+    Mutant(
+        "triton: sums are not rescaled to a new reference",
+        "kernels/gyroscope_attention_forward.py",
+        "mass = mass * factor\n            if BY_MASS:",
+        "mass = mass\n            if BY_MASS:",
+        TRITON_BLOCKS,
+    ),
+    Mutant(
+        "triton: rescaled by the inverse factor",
+        "kernels/gyroscope_attention_forward.py",
+        "            factor = tl.exp2(top - new)\n            acc",
+        "            factor = tl.exp2(new - top)\n            acc",
+        TRITON_BLOCKS,
+    ),
+    Mutant(
+        "triton: the old reference is kept",
+        "kernels/gyroscope_attention_forward.py",
+        "            top = new\n        p = ",
+        "            top = tl.minimum(top, new)\n        p = ",
+        TRITON_BLOCKS,
+    ),
+    Mutant(
+        "triton: validity transposed",
+        "kernels/gyroscope_attention_forward.py",
+        "o, m = date_rows(c, tv, valid_s[1], valid_s[2], T, N)",
+        "o, m = date_rows(c, tv, valid_s[2], valid_s[1], T, N)",
+        TRITON_BLOCKS,
+    ),
+    Mutant(
+        "triton: dates never get a reference of their own",
+        "kernels/gyroscope_attention.py",
+        "LEAST=1 / most(q.dtype)",
+        "LEAST=0.0",
+        TRITON_BLOCKS,
+    ),
+    Mutant(
+        "triton: sums in float16",
+        "kernels/gyroscope_attention_forward.py",
+        "sums = sums + (tl.dot(p, v, acc[i], input_precision=PRECISION),)",
+        "sums = sums + (tl.dot(p, v, acc[i], input_precision=PRECISION)"
+        ".to(tl.float16).to(tl.float32),)",
+        TRITON_FUZZ,
+    ),
+    Mutant(
+        "triton: no gradient of the gate",
+        "kernels/gyroscope_attention_backward.py",
+        "dgate -= de ",
+        "dgate -= 0.0 * de ",
+        TRITON_FUZZ,
+    ),
+    Mutant(
+        "triton: delta is left out",
+        "kernels/gyroscope_attention_backward_spatial.py",
+        "            dp -= delta[:, None]\n",
+        "            dp -= 0.0 * delta[:, None]\n",
+        TRITON_FUZZ,
+    ),
+    Mutant(
+        "triton: only the first tile of dates",
+        "kernels/gyroscope_attention.py",
+        "dk_median = dk_slots.sum(0)",
+        "dk_median = dk_slots[0]",
+        TRITON_BLOCKS,
+    ),
+    Mutant(
+        "triton: upper median of an even count",
+        "kernels/temporal_median.py",
+        "middle = ((count - 1) // 2)[None, :]",
+        "middle = (count // 2)[None, :]",
+        TRITON_MEDIAN_FUZZ,
+    ),
+    Mutant(
+        "triton: 32-bit offset of the sums of a tile of dates",
+        "kernels/gyroscope_attention_backward_spatial.py",
+        "p_dk += tile.to(tl.int64) * dk_s[0]",
+        "p_dk += tile * dk_s[0]",
+        TRITON_SLOTS,
+    ),
+    Mutant(
+        "triton: 32-bit offset of a date's validity",
+        "kernels/temporal_median.py",
+        "t = tl.arange(0, DATES).to(tl.int64)[:, None]",
+        "t = tl.arange(0, DATES)[:, None]",
+        MEDIAN_OFFSETS,
+    ),
+    Mutant(
+        "cpp units: the lower edge of a tile is not cleared",
+        "csrc/cpu/gather_units.cpp",
+        "      std::fill(plane + (high - top) * S, plane + S * S, Tile{});\n",
+        "",
+        GATHER,
+    ),
+    Mutant(
+        "cpp units: halo on the wrong side",
+        "csrc/cpu/gather_units.cpp",
+        "left = p.j * u.unit - a.before;",
+        "left = p.j * u.unit - a.after;",
+        GATHER,
+    ),
+    Mutant(
+        "cpp units: gradient misses the tiles above",
+        "csrc/cpu/gather_units.cpp",
+        "std::max<int64_t>(i - ceil_div(a.after, u.unit), 0)",
+        "std::max<int64_t>(i, 0)",
+        GATHER,
+    ),
+    Mutant(
+        "cpp units: gradient without the scale",
+        "csrc/cpu/gather_units.cpp",
+        "const Affine f{band(u, c).scale, -0.0f};",
+        "const Affine f{1.0f, -0.0f};",
+        GATHER,
+    ),
+    Mutant(
+        "cpp units: a masked unit takes the next token",
+        "csrc/cpu/scatter_units.cpp",
+        "return found != end && *found == l ?",
+        "return found != end ?",
+        SCATTER,
+    ),
+    Mutant(
+        "cpp units: the last row is left out of a sum",
+        "csrc/cpu/scatter_units.cpp",
+        "std::min((chunk + 1) * scatter_units_chunk, a.B * a.L);",
+        "std::min((chunk + 1) * scatter_units_chunk, a.B * a.L - 1);",
+        SCATTER,
+    ),
+    Mutant(
+        "cpp units: the mask token's gradient in low precision",
+        "csrc/cpu/scatter_units.cpp",
+        "sum[d] += widen(grad[d]);",
+        "sum[d] = widen(narrow_to(sum[d] + widen(grad[d]), Stored{}));",
+        SCATTER,
+    ),
+    Mutant(
+        "cpp units: variance by the count",
+        "csrc/cpu/masked_pixel_loss.cpp",
+        "std::max(count - 1, 1.0)",
+        "std::max(count, 1.0)",
+        LOSS,
+    ),
+    Mutant(
+        "cpp units: half of the loss's gradient",
+        "csrc/cpu/masked_pixel_loss.cpp",
+        "factor = 2 * *a.grad",
+        "factor = 1 * *a.grad",
+        LOSS,
+    ),
+    Mutant(
+        "cpp units: gradient at invalid pixels",
+        "csrc/cpu/masked_pixel_loss.cpp",
+        "ok[x * row.ok_step] ? out[x] : Pred{}",
+        "ok[x * row.ok_step] ? out[x] : out[x]",
+        LOSS,
+    ),
+    Mutant(
+        "triton units: the halo shows what is masked",
+        "kernels/gather_units.py",
+        "    m &= place >= 0\n",
+        "    m &= place >= -1\n",
+        TRITON_GATHER,
+    ),
+    Mutant(
+        "triton units: gradient misses the tiles ahead",
+        "kernels/gather_units.py",
+        "AHEAD: tl.constexpr = (BEFORE + UNIT - 1) // UNIT",
+        "AHEAD: tl.constexpr = BEFORE // UNIT",
+        TRITON_GATHER,
+    ),
+    Mutant(
+        "triton units: the greatest id is not found",
+        "kernels/gather_units.py",
+        "m = place + step <= K",
+        "m = place + step < K",
+        TRITON_GATHER,
+    ),
+    Mutant(
+        "triton units: the mask token's gradient holds all rows",
+        "kernels/scatter_units.py",
+        "tl.where(visible, 0.0, grad.to(tl.float32))",
+        "tl.where(visible, grad.to(tl.float32), grad.to(tl.float32))",
+        TRITON_SCATTER,
+    ),
+    Mutant(
+        "triton units: variance by the count",
+        "kernels/masked_pixel_loss.py",
+        "spread / tl.maximum(count - 1, 1) + EPS",
+        "spread / tl.maximum(count, 1) + EPS",
+        TRITON_LOSS,
+    ),
+    Mutant(
+        "triton units: half of the loss's gradient",
+        "kernels/masked_pixel_loss.py",
+        "factor = 2.0 *",
+        "factor = 1.0 *",
+        TRITON_LOSS,
+    ),
+]
+
+SAMPLE = {
+    "cpp: validity transposed",
+    "cpp: upper median of an even count",
+    "triton: a date attends to itself",
+    "triton: upper median of an even count",
+}
