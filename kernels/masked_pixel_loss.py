@@ -283,7 +283,10 @@ def arguments(frames, M, scale, offset, valid, unit) -> tuple[Tensor | None, tup
 
 
 def tile(C: int, unit: int) -> dict[str, int]:
-    """Tile of (bands, pixels): up to 8 values a thread, that many loads in flight."""
+    """Tile of (bands, pixels): up to 8 values a thread, that many loads in flight.
+
+    Known to spill, 16 bytes: 16-bit frames and predictions with STEP 1 on sm_80 (TIMO_AOT=all).
+    """
     bands, block = min(4, triton.next_power_of_2(C)), min(512, triton.next_power_of_2(unit**2))
     return {"BANDS": bands, "BLOCK": block, "num_warps": max(1, bands * block // 256)}
 

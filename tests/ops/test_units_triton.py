@@ -192,6 +192,18 @@ def test_loss_dtypes(frames_dtype, norm, poisoned):
 
 
 @runs
+def test_mean_is_rounded_once():
+    """Of large numbers too: what the first pass lost, the second adds."""
+    g = torch.Generator().manual_seed(1)
+    frames = 65000 + torch.randint(0, 4, (1, 1, 7, 32, 32), generator=g)
+    pred = torch.zeros(1, 1, 7 * 1024, device=DEVICE)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+    there = frames.to(torch.uint16).to(DEVICE)
+    _, mean, _, _ = loss_kernels.forward(pred, there, ids, None, None, None, 32, "patch")
+    assert abs(mean.item() - frames.double().mean().item()) < 0.51 * 2**-8
+
+
+@runs
 def test_same_bits_twice_and_strided_constants():
     """Sums are in one order; scale, offset, tokens and gradients may lie apart."""
     frames, ids, scale, offset, valid = make((2, 2, 3, 20, 13, 8, None, 5), "date", RAW[4], 8)
