@@ -94,7 +94,7 @@ def reconstruct(
     model: MaskedAutoencoder,
     frames: Tensor,
     key: Tensor,
-    dates: Tensor,
+    dates: Tensor | None,
     valid: Tensor | None,
     scale: Tensor,
     offset: Tensor,
