@@ -1,10 +1,12 @@
-"""Loss curves of the fast path and of the dense published form on real Landsat tiles.
+"""Loss curves of the autoencoder and of the dense published form on real Landsat tiles.
 
 Usage: python -m benchmarks.loss_curves [--data ../shared/data] [--steps 300] --out FOLDER
-Three runs of timo_tiny: the fast path and the dense form from the same weights, with the same
-batches and visible units, and the dense form once more with another seed of all three. Writes
-loss_curves.json and loss_curves.png; fails where the fast path is further from the dense form than
-the two dense runs are from each other.
+Runs of timo_tiny from the same weights, with the same batches and visible units: the dense form,
+and our autoencoder with either choice of the stem's batch statistics ("all" positions of the masked
+frames, as published, or the "visible" ones, which need no work on hidden pixels); and the dense
+form once more with another seed of all three. Writes loss_curves.json and loss_curves.png; fails
+where the autoencoder with published statistics is further from the dense form than the two dense
+runs are from each other.
 """
 
 import argparse
@@ -28,7 +30,8 @@ from .dense_mae import DenseAutoencoder
 BANDS = ("SWIR1", "NIR", "Red", "Green")
 DECODER = {"decoder_embed_dim": 192, "decoder_num_heads": 6, "decoder_depth": 2}
 RATE, DECAY = 4e-4, 0.95  # learning rate; weight of the past in smoothed curves
-FAST, DENSE, OTHER = "fast path", "dense form", "dense form, other seed"
+DENSE, OTHER = "dense form", "dense form, other seed"
+ALL, VISIBLE = "statistics of all positions", "fast path, statistics of visible positions"
 
 
 def batches(data: SeriesData) -> Iterator[dict]:
@@ -47,7 +50,8 @@ def train(root: Path, form: str, seed: int, steps: int) -> list[float]:
     scale = units["scale"] / units["deviation"]
     offset = (units["offset"] - units["mean"]) / units["deviation"]
     torch.manual_seed(seed)
-    model = timo.create_model("timo_tiny", "mae", len(BANDS), pixel_norm="patch", **DECODER).train()
+    options = DECODER | {"stem_statistics": "visible" if form == VISIBLE else "all"}
+    model = timo.create_model("timo_tiny", "mae", len(BANDS), pixel_norm="patch", **options).train()
     dense = DenseAutoencoder(model)
     optimizer = torch.optim.AdamW(model.parameters(), RATE, (0.9, 0.95), weight_decay=0.05)
     losses = []
@@ -55,11 +59,11 @@ def train(root: Path, form: str, seed: int, steps: int) -> list[float]:
         frames: Tensor = batch["image"]
         grid = unit_grid(frames)
         ids = draw_units(batch["key"], grid, visible_count(grid[0] * grid[1] * grid[2], 0.75))
-        if form == FAST:
-            loss = model(frames, visible_ids=ids, scale=scale, offset=offset).loss
-        else:
+        if form == DENSE:
             image = frames.float() * scale[:, None, None] + offset[:, None, None]
             loss = dense(image, ids)
+        else:
+            loss = model(frames, visible_ids=ids, scale=scale, offset=offset).loss
         optimizer.param_groups[0]["lr"] = RATE * min(1, 10 * (step + 1) / steps)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -83,7 +87,8 @@ def distances(curves: dict[str, list[float]]) -> dict[str, float]:
     smoothed = {name: smooth(losses) for name, losses in curves.items()}
     return {
         name: (smoothed[name] - smoothed[DENSE]).square().mean().sqrt().item()
-        for name in (FAST, OTHER)
+        for name in curves
+        if name != DENSE
     }
 
 
@@ -92,7 +97,10 @@ def plot(path: Path, curves: dict[str, list[float]]) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    styles = {OTHER: ("#b9a36b", "-"), DENSE: ("#c8641a", "-"), FAST: ("#2b6ca3", "--")}
+    styles = {
+        OTHER: ("#b9a36b", "-"), DENSE: ("#c8641a", "-"), ALL: ("#23405c", "--"),
+        VISIBLE: ("#2b6ca3", "-"),
+    }  # fmt: skip
     for name, (colour, line) in styles.items():
         axis.plot(curves[name], color=colour, linewidth=0.6, alpha=0.3)
         axis.plot(smooth(curves[name]), line, color=colour, label=name)
@@ -114,7 +122,7 @@ def main() -> int:
     root = options.data / "pucallpa_landsat"
     if not root.is_dir():
         parser.error(f"--data: {options.data} holds no folder pucallpa_landsat")
-    runs = ((FAST, FAST, 0), (DENSE, DENSE, 0), (OTHER, DENSE, 1))
+    runs = ((VISIBLE, VISIBLE, 0), (ALL, ALL, 0), (DENSE, DENSE, 0), (OTHER, DENSE, 1))
     curves = {name: train(root, form, seed, options.steps) for name, form, seed in runs}
     apart = distances(curves)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -124,7 +132,7 @@ def main() -> int:
     plot(options.out / "loss_curves.png", curves)
     for name, distance in apart.items():
         print(f"{name}: {distance:.4f} from the dense form (root mean square, smoothed)")
-    return 0 if apart[FAST] <= apart[OTHER] else 1
+    return 0 if apart[ALL] <= apart[OTHER] else 1
 
 
 if __name__ == "__main__":
