@@ -96,8 +96,9 @@ class BuildWithNinja(build_ext):
         if nvcc:
             # ptxas reports registers and spills into a file that the tests read.
             rules += [
-                f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {NVCC_FLAGS} {gencode()} {include} "
-                "-c $in -o $out 2> $out.ptxas || (cat $out.ptxas; exit 1)",
+                f"rule nvcc\n  command = {nvcc} --version > $out.ptxas && "
+                f"{nvcc} -MD -MF $out.d {NVCC_FLAGS} {gencode()} {include} "
+                "-c $in -o $out 2>> $out.ptxas || (cat $out.ptxas; exit 1)",
                 "  depfile = $out.d\n  deps = gcc",
             ]
             libraries = f"-L{cudart_folder(nvcc)} -lcudart_static -lrt -ldl -lpthread"

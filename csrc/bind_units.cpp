@@ -69,6 +69,14 @@ void bind_units(py::module_& m) {
   def(m, "scatter_units_backward_cpu", scatter, scatter_units_backward_cpu);
   def(m, "masked_pixel_loss_cpu", loss, masked_pixel_loss_cpu);
   def(m, "masked_pixel_loss_backward_cpu", loss, masked_pixel_loss_backward_cpu);
+#ifdef TIMO_CUDA
+  def(m, "gather_units_cuda", gather, gather_units_cuda);
+  def(m, "gather_units_backward_cuda", gather, gather_units_backward_cuda);
+  def(m, "scatter_units_cuda", scatter, scatter_units_cuda);
+  def(m, "scatter_units_backward_cuda", scatter, scatter_units_backward_cuda);
+  def(m, "masked_pixel_loss_cuda", loss, masked_pixel_loss_cuda);
+  def(m, "masked_pixel_loss_backward_cuda", loss, masked_pixel_loss_backward_cuda);
+#endif
 }
 
 }  // namespace timo

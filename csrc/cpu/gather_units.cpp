@@ -1,5 +1,5 @@
-// Visible units as tiles, row by row: the runs of visible columns are converted, the rest is
-// cleared. Backward sums, for each row of the frames, the tiles that hold it, in order of their
+// Visible units as tiles: cleared, then, row by row, the runs of visible columns are converted.
+// Backward sums, for each row of the frames, the tiles that hold it, in order of their
 // ids. Bound by writing the tiles; the arithmetic hides behind the stores.
 #include "cpu/units.h"
 
@@ -16,12 +16,9 @@ struct Gather {
     const int64_t top = p.i * u.unit - a.before, left = p.j * u.unit - a.before;
     const int64_t low = std::max<int64_t>(top, 0), high = std::min(top + S, u.H);
     Tile* tile = static_cast<Tile*>(a.tiles) + (b * u.K + k) * u.C * S * S;
-    if (!usable_date(u, b, p.t)) return std::fill(tile, tile + u.C * S * S, Tile{});
-    for (int64_t c = 0; c < u.C; ++c) {
-      Tile* plane = tile + c * S * S;
-      std::fill(plane, plane + (low - top) * S, Tile{});
-      std::fill(plane + (high - top) * S, plane + S * S, Tile{});
-    }
+    // All at once, and then over it while it is in the cache: runs leave gaps of a few pixels.
+    std::fill(tile, tile + u.C * S * S, Tile{});
+    if (!usable_date(u, b, p.t)) return;
     for (int64_t i = low / u.unit; i * u.unit < high; ++i) {
       visible_runs(u, grid, b, p.t, i, std::max<int64_t>(left, 0), std::min(left + S, u.W), runs);
       const int64_t first = std::max(i * u.unit, low), last = std::min((i + 1) * u.unit, high);
@@ -29,14 +26,9 @@ struct Gather {
         const Affine f = band(u, c);
         for (int64_t y = first; y < last; ++y) {
           Tile* row = tile + (c * S + y - top) * S - left;  // row[x] is column x of the frame
-          int64_t x = left;
-          for (const Run& r : runs) {
-            std::fill(row + x, row + r.from, Tile{});
+          for (const Run& r : runs)
             load_row(row_at<const Stored>(u, b, p.t, c, y, r.from), r.to - r.from, f,
                      row + r.from);
-            x = r.to;
-          }
-          std::fill(row + x, row + left + S, Tile{});
         }
       }
     }
@@ -78,10 +70,8 @@ struct GatherBackward {
       const Affine f{band(u, c).scale, -0.0f};
       for (int64_t y = i * u.unit; y < std::min((i + 1) * u.unit, u.H); ++y) {
         const Row<Stored> out = row_at<Stored>(u, b, t, c, y, 0);
-        if (s.runs.empty()) {
-          std::fill(out.x, out.x + u.W, Stored{});
-          continue;
-        }
+        std::fill(out.x, out.x + u.W, Stored{});
+        if (s.runs.empty()) continue;
         float* sum = s.sum.data();
         std::fill(sum, sum + u.W, 0.0f);
         for (const Corner& tile : s.tiles) {
@@ -91,16 +81,12 @@ struct GatherBackward {
           const int64_t last = std::min(tile.left + S, u.W);
           for (int64_t x = std::max<int64_t>(tile.left, 0); x < last; ++x) sum[x] += widen(row[x]);
         }
-        int64_t x = 0;
         for (const Run& r : s.runs) {
-          std::fill(out.x + x, out.x + r.from, Stored{});
           const Row<const float> gradient{sum + r.from, 1,
                                           out.ok ? out.ok + r.from * out.ok_step : nullptr,
                                           out.ok_step};
           load_row(gradient, r.to - r.from, f, out.x + r.from);
-          x = r.to;
         }
-        std::fill(out.x + x, out.x + u.W, Stored{});
       }
     }
   }

@@ -27,6 +27,7 @@ TIMO_INLINE void add_row(Sum& sum, const uint8_t* ok, int64_t ok_step, int64_t n
   if (!ok)
     for (; i + lanes <= n; i += lanes) {
 #pragma GCC ivdep
+#pragma GCC unroll 1  // as in load_lanes
       for (int64_t l = 0; l < lanes; ++l) sum.lane[l] += term.at(i + l);
     }
   for (; i < n; ++i)

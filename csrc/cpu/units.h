@@ -87,6 +87,7 @@ inline Affine band(const Units& u, int64_t c) {
 template <class Stored, class Out>
 TIMO_INLINE void load_lanes(const Stored* __restrict x, Affine f, Out* __restrict y) {
 #pragma GCC ivdep
+#pragma GCC unroll 1  // unrolled before it is vectorised, it would be assembled from scalars
   for (int64_t l = 0; l < lanes; ++l) y[l] = narrow_to(widen(x[l]) * f.scale + f.offset, Out{});
 }
 

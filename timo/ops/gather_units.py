@@ -15,7 +15,7 @@ from timo.ops.checks import (
     check_valid,
     dtype_name,
 )
-from timo.ops.dispatch import CPP, REFERENCE, TRITON, Backend, Request
+from timo.ops.dispatch import CPP, CUDA, REFERENCE, TRITON, Backend, Request
 from timo.ops.library import define
 
 
@@ -252,6 +252,7 @@ FORWARD = dispatch.register(
     Backend(REFERENCE, reference, ANY_DEVICE, RAW),
     Backend(CPP, compiled.forward, ("cpu",), NARROW),
     Backend(TRITON, _triton, dispatch.triton_devices(), NARROW),
+    Backend(CUDA, compiled.forward, ("cuda",), NARROW, min_capability=(8, 0)),
 )
 BACKWARD = dispatch.register(
     "gather_units_backward",
@@ -259,6 +260,7 @@ BACKWARD = dispatch.register(
     Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
     Backend(CPP, compiled.backward, ("cpu",), HALF_AND_SINGLE),
     Backend(TRITON, _triton_backward, dispatch.triton_devices(), HALF_AND_SINGLE),
+    Backend(CUDA, compiled.backward, ("cuda",), HALF_AND_SINGLE, min_capability=(8, 0)),
 )
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from timo.ops import dispatch
 from timo.ops import masked_pixel_loss_compiled as compiled
 from timo.ops.checks import FLOATS, RAW, check_same, check_shape, check_tensor
-from timo.ops.dispatch import CPP, REFERENCE, TRITON, Backend, Request
+from timo.ops.dispatch import CPP, CUDA, REFERENCE, TRITON, Backend, Request
 from timo.ops.gather_units import (
     HALF_AND_SINGLE,
     check_id_values,
@@ -176,6 +176,7 @@ FORWARD = dispatch.register(
     Backend(REFERENCE, reference, ANY_DEVICE, FLOATS),
     Backend(CPP, compiled.forward, ("cpu",), HALF_AND_SINGLE),
     Backend(TRITON, _triton, dispatch.triton_devices(), HALF_AND_SINGLE),
+    Backend(CUDA, compiled.forward, ("cuda",), HALF_AND_SINGLE, min_capability=(8, 0)),
 )
 BACKWARD = dispatch.register(
     "masked_pixel_loss_backward",
@@ -183,6 +184,7 @@ BACKWARD = dispatch.register(
     Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
     Backend(CPP, compiled.backward, ("cpu",), HALF_AND_SINGLE),
     Backend(TRITON, _triton_backward, dispatch.triton_devices(), HALF_AND_SINGLE),
+    Backend(CUDA, compiled.backward, ("cuda",), HALF_AND_SINGLE, min_capability=(8, 0)),
 )
 
 
