@@ -113,30 +113,30 @@ __global__ void __launch_bounds__(threads)
     loss_kernel(LossArgs a, Grid grid, bool statistics, bool error, bool vector) {
   const int64_t n = blockIdx.x;
   const Place p = place(grid, a.units.ids[n]);
-  Partial part = reinterpret_cast<const Partial*>(a.partial)[n];
+  Partial& part = reinterpret_cast<Partial*>(a.partial)[n];
+  const bool first = threadIdx.x == 0;
   float mean = 0, rstd = 1;
   if (statistics) {
-    Mean first;
-    each_four<Stored>(a, n, p, vector, first);
-    part.count = block_sum(first.count);
-    part.mean = block_sum(first.sum) / max(part.count, 1.0);
-    Squares second{static_cast<float>(part.mean)};
-    each_four<Stored>(a, n, p, vector, second);
-    part.squares = block_sum(second.sum);
-    mean = static_cast<float>(part.mean), rstd = rstd_of(part.squares, part.count);
+    Mean sum;
+    each_four<Stored>(a, n, p, vector, sum);
+    const int count = block_sum(sum.count);
+    mean = block_sum(sum.sum) / max(count, 1);
+    Squares spread{mean};
+    each_four<Stored>(a, n, p, vector, spread);
+    const float squares = block_sum(spread.sum);
+    rstd = __frsqrt_rn(squares / max(count - 1, 1) + static_cast<float>(variance_eps));
+    if (first) part.count = count, part.mean = mean, part.squares = squares;
   } else if (a.norm == Norm::batch) {
     mean = a.mean[n], rstd = a.rstd[n];
   }
   if (error) {
-    Error<Pred> third{static_cast<const Pred*>(a.pred), mean, rstd, vector};
-    each_four<Stored>(a, n, p, vector, third);
-    part.error = block_sum(third.sum), part.count = block_sum(third.count);
+    Error<Pred> miss{static_cast<const Pred*>(a.pred), mean, rstd, vector};
+    each_four<Stored>(a, n, p, vector, miss);
+    const float sum = block_sum(miss.sum);
+    const int count = block_sum(miss.count);
+    if (first) part.error = sum, part.count = count;
   }
-  __syncthreads();  // every thread has read its Partial
-  if (threadIdx.x == 0) {
-    reinterpret_cast<Partial*>(a.partial)[n] = part;
-    a.mean[n] = mean, a.rstd[n] = rstd;
-  }
+  if (first && a.norm != Norm::batch) a.mean[n] = mean, a.rstd[n] = rstd;
 }
 
 template <class Stored, class Pred>
