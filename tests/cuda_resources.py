@@ -25,6 +25,12 @@ def reports() -> list[Path]:
     return sorted(folders[-1].glob("*.ptxas")) if folders else []
 
 
+def stale(paths: list[Path]) -> bool:
+    """Whether a CUDA source has changed since the last of the reports."""
+    sources = [*ROOT.glob("csrc/cuda/*"), ROOT / "csrc/ops.h"]
+    return max(p.stat().st_mtime for p in sources) > max(p.stat().st_mtime for p in paths)
+
+
 def measured(paths: list[Path]) -> dict[str, dict[str, dict[str, int]]]:
     """{kernel: {architecture: {registers, shared, spills}}}; shared memory is the static part."""
     entries = [m for path in paths for m in ENTRY.finditer(path.read_text())]
