@@ -10,7 +10,7 @@ CPP = "tests/ops/test_gyroscope_cpp.py"
 TRITON = "tests/ops/test_gyroscope_triton.py"
 INTERPRET = "TRITON_INTERPRET=1"
 
-CPP_FUZZ = ("TIMO_FUZZ=16,32,64,75,96", FUZZ, "-k", "gyroscope_attention")
+CPP_FUZZ = ("TIMO_FUZZ=16,32,43,64,75,96", FUZZ, "-k", "gyroscope_attention")
 CPP_FAR = (CPP, "-k", "(far_below or renewed) and dtype0")
 CPP_OFFSETS = ("tests/ops/test_far_offsets.py", "-k", "date")
 MEDIAN_FUZZ = ("TIMO_FUZZ=16,32,48", FUZZ, "-k", "temporal_median")
@@ -372,10 +372,10 @@ MUTANTS = [
         TRITON_GATHER,
     ),
     Mutant(
-        "triton units: the greatest id is not found",
+        "triton units: a unit is its successor",
         "kernels/gather_units.py",
-        "m = place + step <= K",
-        "m = place + step < K",
+        "mask=m, other=0) < u",
+        "mask=m, other=0) <= u",
         TRITON_GATHER,
     ),
     Mutant(
