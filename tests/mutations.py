@@ -16,6 +16,7 @@ CPP_OFFSETS = ("tests/ops/test_far_offsets.py", "-k", "date")
 MEDIAN_FUZZ = ("TIMO_FUZZ=16,32,48", FUZZ, "-k", "temporal_median")
 TRITON_FUZZ = (INTERPRET, "TIMO_FUZZ=0,24,29", FUZZ, "-k", "gyroscope_attention")
 TRITON_BLOCKS = (INTERPRET, TRITON, "-k", "far_below and dtype0")
+TRITON_TILES = (INTERPRET, TRITON, "-k", "several_blocks and none")
 TRITON_SLOTS = (INTERPRET, TRITON, "-k", "far_slots")
 TRITON_MEDIAN_FUZZ = (INTERPRET, "TIMO_FUZZ=0,8,16", FUZZ, "-k", "temporal_median")
 MEDIAN_OFFSETS = (INTERPRET, "tests/ops/test_temporal_median.py", "-k", "beyond and triton")
@@ -264,7 +265,7 @@ MUTANTS = [
         "kernels/gyroscope_attention.py",
         "dk_median = dk_slots.sum(0)",
         "dk_median = dk_slots[0]",
-        TRITON_BLOCKS,
+        TRITON_TILES,
     ),
     Mutant(
         "triton: upper median of an even count",
