@@ -10,7 +10,7 @@ namespace {
 // Units (i - above + r, j - above + c) around unit (i, j), r < side, c < side.
 struct Window {
   int above, side;
-  __host__ __device__ int count() const { return side * side; }
+  __host__ __device__ int64_t count() const { return static_cast<int64_t>(side) * side; }
 };
 
 inline Window window(int64_t before, int64_t after, int64_t unit) {

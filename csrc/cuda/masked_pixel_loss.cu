@@ -63,12 +63,15 @@ struct Mean {
   }
 };
 
+// About a mean that has been rounded; `rest` is what takes the rounding off again.
 struct Squares {
-  float mean, sum = 0;
+  float mean, sum = 0, rest = 0;
   __device__ void operator()(const Four& four) {
 #pragma unroll
-    for (int v = 0; v < 4; ++v)
-      if (four.ok[v]) sum += (four.y[v] - mean) * (four.y[v] - mean);
+    for (int v = 0; v < 4; ++v) {
+      const float d = four.y[v] - mean;
+      if (four.ok[v]) sum += d * d, rest += d;
+    }
   }
 };
 
@@ -123,7 +126,9 @@ __global__ void __launch_bounds__(threads)
     mean = block_sum(sum.sum) / max(count, 1);
     Squares spread{mean};
     each_four<Stored>(a, n, p, vector, spread);
-    const float squares = block_sum(spread.sum);
+    const float rest = block_sum(spread.rest), shift = rest / max(count, 1);
+    const float squares = max(block_sum(spread.sum) - rest * shift, 0.0f);
+    mean += shift;
     rstd = __frsqrt_rn(squares / max(count - 1, 1) + static_cast<float>(variance_eps));
     if (first) part.count = count, part.mean = mean, part.squares = squares;
   } else if (a.norm == Norm::batch) {

@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(threads) scatter_backward_kernel(ScatterArgs a
   const uint32_t places = static_cast<uint32_t>(a.L), row0 = static_cast<uint32_t>(first);
   for (int64_t b = row0 / places; b * a.L < first + rows; ++b)
     for (int64_t k = threadIdx.x; k < a.K; k += threads) {
-      const int64_t row = b * a.L + a.ids[b * a.K + k] - first;
-      if (row >= 0 && row < rows) slots[row] = static_cast<int>(k);
+      const int64_t id = a.ids[b * a.K + k], row = b * a.L + id - first;
+      if (id >= 0 && id < a.L && row >= 0 && row < rows) slots[row] = static_cast<int>(k);
     }
   __syncthreads();
   for (int64_t d = 4 * (blockIdx.y * static_cast<int64_t>(threads) + threadIdx.x); d < a.D;
