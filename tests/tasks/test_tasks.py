@@ -73,13 +73,13 @@ def test_normalisation_is_of_physical_values():
         task.read_from(reflectance)
 
 
-@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0], [1, 2, 4]])
 def test_loss_ignores_255(weights):
     task = segmentation(class_weights=weights)
     logits, mask = torch.randn(2, 3, 8, 8), torch.randint(0, 3, (2, 8, 8))
     mask[0, :4] = 255
     expected = F.cross_entropy(
-        logits, mask, None if weights is None else torch.tensor(weights), ignore_index=255
+        logits, mask, None if weights is None else torch.tensor(weights).float(), ignore_index=255
     )
     torch.testing.assert_close(task.loss(logits, mask), expected)
     assert task.loss(logits, torch.full_like(mask, 255)) == 0

@@ -65,7 +65,9 @@ class SupervisedTask(SeriesTask):
             per_frame=per_frame, **self.model_options,
         )  # fmt: skip
         self.pretrained_report = load_checkpoint(self.model, pretrained) if pretrained else None
-        weights = None if class_weights is None else torch.tensor(class_weights)
+        weights = None
+        if class_weights is not None:
+            weights = torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", weights)
         self.val_metrics = self.metrics().clone("val/")
         self.test_metrics = self.metrics().clone("test/")
