@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 
 from tests.data.corpora import DATES, scene, write_published_layout, write_seco
 from tests.data.writers import TRANSFORM, Affine, frames, write_rasters, write_tif
@@ -300,3 +301,100 @@ def test_check_covers_stores_and_the_published_layout(tmp_path):
 def test_sources_travel_small(tmp_path):
     root = write_seco(tmp_path / "in", locations=2)
     assert len(pickle.dumps(SecoSource(root, 24, None))) < 2000
+
+
+@pytest.mark.parametrize(
+    ("reason", "change"),
+    [
+        ("wrong bands", {"descriptions": ("B02", "B03", "B04")}),
+        ("wrong bands", {"descriptions": ()}),
+        ("wrong units", {"scales": (1e-3,) * 3}),
+        ("wrong units", {"offsets": (-0.1, 0.0, 0.0)}),
+    ],
+)
+def test_rasters_with_other_bands_or_units_than_the_first(tmp_path, reason, change):
+    usual = {"descriptions": ("B04", "B03", "B02"), "scales": (1e-4,) * 3, "offsets": (0.0,) * 3}
+    for number, settings in enumerate((usual, usual, usual | change), 1):
+        path = tmp_path / f"r/a/2020010{number}.tif"
+        write_tif(path, scene(number, 24), descriptions=settings["descriptions"])
+        with rasterio.open(path, "r+") as file:
+            file.scales, file.offsets = settings["scales"], settings["offsets"]
+    report = build_store(RasterSource(tmp_path / "r", 24, None), tmp_path / "store", dates=2)
+    assert report["scenes"] == {"candidates": 3, "accepted": 2, reason: 1}
+    (row,) = rejections(tmp_path / "store")
+    assert row["reason"] == reason and row["scene"] == "20200103.tif"
+
+
+@pytest.mark.parametrize("file", ["B2.tif", "B5.tif"])
+def test_bands_that_do_not_lie_on_each_other(tmp_path, file):
+    root = write_seco(tmp_path / "seco", locations=1, dates=DATES[:4])
+    size, scale = (24, 1) if file == "B2.tif" else (12, 2)
+    for k, pixels in enumerate((0, 0.4 * scale, 0.6 * scale, 9000)):
+        where = TRANSFORM @ Affine.translation(pixels, 0) @ Affine.scale(scale)
+        write_tif(seco_folder(root, 0, k) / file, scene(k + 50, size, 1), transform=where)
+    bands = ["B04", "B02" if file == "B2.tif" else "B05"]
+    report = build_store(SecoSource(root, 24, bands), tmp_path / "store", dates=2)
+    assert report["scenes"] == {"candidates": 4, "accepted": 2, "mismatched grids": 2}
+
+
+def test_validity_that_lies_elsewhere(tmp_path):
+    folder = tmp_path / "r" / "a"
+    write_rasters(folder, ["20200101", "20200102", "20200103"], frames(3, height=24, width=48))
+    usable = np.ones((24, 48), "uint8")
+    write_tif(folder / "20200101_valid.tif", usable)
+    write_tif(folder / "20200102_valid.tif", usable,
+              transform=TRANSFORM @ Affine.translation(5, 0))  # fmt: skip
+    write_tif(folder / "20200103_valid.tif", np.ones((48, 96), "uint8"),
+              transform=TRANSFORM @ Affine.scale(0.5))  # fmt: skip
+    source = RasterSource(tmp_path / "r", 24, None)
+    report = build_store(source, tmp_path / "store", dates=1)
+    assert report["scenes"] == {
+        "candidates": 6, "accepted": 2, "mismatched grids": 2, "wrong size": 2,
+    }  # fmt: skip
+
+
+def test_a_crs_without_a_place_on_earth(tmp_path):
+    crs = 'LOCAL_CS["arbitrary",UNIT["metre",1]]'
+    write_rasters(
+        tmp_path / "r/a", ["2019", "2020"], frames(2, height=24, width=24), crs=crs
+    )  # fmt: skip
+    build_store(RasterSource(tmp_path / "r", 24, None), tmp_path / "store", dates=2)
+    (row,) = StoreSeries(tmp_path / "store").table.to_pylist()
+    assert np.isnan(row["longitude"]) and np.isnan(row["latitude"])
+
+
+def test_locations_with_an_at_sign(tmp_path):
+    for name, width in (("site@a", 24), ("wide@b", 48)):
+        pixels = frames(2, height=24, width=width, seed=width)
+        write_rasters(tmp_path / "r" / name, ["2019", "2020"], pixels)
+    source = RasterSource(tmp_path / "r", 24, None)
+    assert source.names() == ["site@a", "wide@b@0,0", "wide@b@0,24"]
+    build_store(source, tmp_path / "store", dates=2)
+    store = StoreSeries(tmp_path / "store")
+    assert np.array_equal(store[2]["image"].numpy(), pixels[:, :, :, 24:])
+
+
+def test_a_finished_store_is_of_its_inputs_alone(tmp_path):
+    def simulated(**options):
+        series = SimulatedSeries(2, size=16, dates=4, output="DN", target=None, **options)
+        build_store(SeriesSource(series), tmp_path / "simulated", 2, 1.0, 1.0)
+
+    simulated(seed=0)
+    simulated(seed=0)
+    for other in ({"seed": 5}, {"seed": 0, "flood": 0.25}):
+        with pytest.raises(DataError, match="begun with other settings.*simulation was"):
+            simulated(**other)
+    root = write_published_layout(tmp_path / "in")
+    build_store(SeriesSource(PublishedCorpus(root)), tmp_path / "store")
+    table = root / "dates.csv"
+    table.write_text(table.read_text().replace(DATES[0], "20160106"))
+    with pytest.raises(DataError, match="begun with other settings.*csv was"):
+        build_store(SeriesSource(PublishedCorpus(root)), tmp_path / "store")
+
+
+def test_a_finished_store_that_lost_a_shard(tmp_path):
+    source = SeriesSource(PublishedCorpus(write_published_layout(tmp_path / "in")))
+    build_store(source, tmp_path / "store")
+    (tmp_path / "store/shards/00000.npy").unlink()
+    with pytest.raises(DataError, match="shards/00000.npy.*remove its folder and build it again"):
+        build_store(source, tmp_path / "store")

@@ -29,7 +29,7 @@ from timo.data.locations import Location, LocationSeries, location_dtype
 FORMAT = "timo-store-1"
 MANIFEST, INDEX, REPORT, REJECTED = "store.json", "index.arrow", "report.json", "rejected.csv"
 _MOST_MAPS = 512  # memory-mapped shards a process holds at a time; each keeps one file descriptor
-_REMEDY = "fetch the store again, or build it again"
+_REMEDY = "fetch the store again, or remove its folder and build it again"
 
 
 class StoreSeries(LocationSeries):
@@ -63,7 +63,7 @@ class StoreSeries(LocationSeries):
             manifest["bands"], select, tile, dates, seed,
             manifest["units"], manifest["scale"], manifest["offset"],
         )  # fmt: skip
-        _check_sizes(self.path, manifest)
+        check_sizes(self.path, manifest)
         self._open_index()
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
 
@@ -253,7 +253,7 @@ def import_pyarrow():
     return pyarrow
 
 
-def _check_sizes(root: Path, manifest: dict) -> None:
+def check_sizes(root: Path, manifest: dict) -> None:
     """DataError where files of the store are missing or cut short, or the index has changed."""
     wrong = []
     for name, file in manifest["files"].items():

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from timo.data.building.choose import Rules, choose
-from timo.data.building.sources import Source, degrees
+from timo.data.building.sources import Source
+from timo.data.building.tiffs import degrees
 from timo.data.contract import DataError, with_progress
 from timo.data.store import (
     FORMAT,
@@ -30,6 +31,7 @@ from timo.data.store import (
     MANIFEST,
     REJECTED,
     REPORT,
+    check_sizes,
     read_manifest,
     settle,
     sha256,
@@ -69,7 +71,7 @@ def build_store(
 
     Raises:
         DataError: `out` holds something else, or a build with other settings, or another process
-            builds there; or no location was accepted.
+            builds there, or a finished store that lost files; or no location was accepted.
     """
     for name, share in (("max_cloud", max_cloud), ("max_nodata", max_nodata)):
         if not 0 <= share <= 1:
@@ -92,7 +94,9 @@ def build_store(
     _open_folder(job.out)
     with _lock(job.out):
         if (job.out / MANIFEST).exists():
-            _same_plan(read_manifest(job.out)["build"], job.plan(), job.out)
+            manifest = read_manifest(job.out)
+            _same_plan(manifest["build"], job.plan(), job.out)
+            check_sizes(job.out, manifest)
         else:
             _begin(job)
             _make_shards(job, workers)
@@ -126,6 +130,7 @@ class _Job:
             "source": type(self.source).__name__, "content": asdict(self.source.content),
             "size": self.source.size, "rules": asdict(self.rules), "locations": len(self.names),
             "names": digest, "per_shard": self.per_shard,
+            **self.source.inputs(),
         }  # fmt: skip
         return json.loads(json.dumps(plan))
 

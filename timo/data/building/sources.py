@@ -1,24 +1,29 @@
 """Where the scenes of a store come from."""
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from timo.data.building.choose import Candidates, Scene
+from timo.data.building.tiffs import (
+    Grid,
+    Header,
+    Unfit,
+    check_grid,
+    gdal_settings,
+    header_of,
+    read_tiff,
+)
 from timo.data.contract import DataError
 from timo.data.dates import date_of_name, is_date
 from timo.data.locations import LocationSeries, location_dtype
+from timo.data.published import PublishedCorpus
 from timo.data.simulate import SimulatedSeries
+from timo.data.store import sha256
 from timo.data.windows import grid_windows, import_rasterio
-
-# Looking for side files would list the folder of every raster.
-_GDAL = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,10 @@ class Source:
     """
 
     content: Content
+
+    def inputs(self) -> dict:
+        """What else tells one source from another when a build goes on."""
+        return {}
 
     def names(self) -> list[str]:
         """Locations, sorted."""
@@ -66,16 +75,18 @@ class TiffSource(Source):
         raise NotImplementedError
 
     def load(self, name: str) -> Candidates:
-        folder, _, corner = name.partition("@")
+        folder, corner = name, ""
+        if "@" in name and not (self.root / name).is_dir():
+            folder, _, corner = name.rpartition("@")
         window = tuple(map(int, corner.split(","))) if corner else None
         found = Candidates([])
         grids = []
-        with _gdal():
+        with gdal_settings():
             for files in self.scenes_of(self.root / folder):
                 try:
                     moment = date_of_name(files.named)
                     pixels, grid, cloudy = self._read(files, window)
-                except _Unfit as error:
+                except Unfit as error:
                     found.rejected.append((files.source, *error.args))
                 except DataError as error:
                     found.rejected.append((files.source, "no date", str(error)))
@@ -86,29 +97,37 @@ class TiffSource(Source):
                 self._keep_one_grid(found, grids, window)
         return found
 
-    def _read(self, files: "Files", window) -> tuple[np.ndarray, "Grid", np.ndarray | None]:
+    def _read(self, files: "Files", window) -> tuple[np.ndarray, Grid, np.ndarray | None]:
         """Pixels (C, size, size), where they lie, and clouds (size, size) if they are marked."""
-        read = [_read_tiff(path, bands, window, self.size) for path, bands in files.images]
+        read = [
+            read_tiff(path, bands, window, self.size, files.like) for path, bands in files.images
+        ]
         for plane, _ in read:
             if plane.dtype.name != self.content.dtype:
                 detail = f"{files.named}: {plane.dtype}, not {self.content.dtype}"
-                raise _Unfit("wrong type", detail)
+                raise Unfit("wrong type", detail)
         finest = max(range(len(read)), key=lambda i: read[i][0].shape[1])
         _, height, width = read[finest][0].shape
         planes = [_repeated(plane, height, width, files) for plane, _ in read]
+        grid = read[finest][1]
+        for (path, _), (_, other) in zip(files.images, read):
+            check_grid(path, other, grid)
         row, col = (height - self.size) // 2, (width - self.size) // 2
         if row < 0 or col < 0:
             need = f"at least {self.size} x {self.size} are needed"
-            raise _Unfit("wrong size", f"{files.named}: {height} x {width} pixels, {need}")
+            raise Unfit("wrong size", f"{files.named}: {height} x {width} pixels, {need}")
         box = np.s_[:, row : row + self.size, col : col + self.size]
         pixels = planes[0] if len(planes) == 1 else np.concatenate(planes)
         cloudy = None
         if files.valid is not None:
-            usable, _ = _read_tiff(files.valid, [1], window, self.size)
+            usable, other = read_tiff(files.valid, [1], window, self.size)
+            if window and (other.height, other.width) != (grid.height, grid.width):
+                raise Unfit("wrong size", f"{files.valid}: is not of the size of {files.named}")
+            check_grid(files.valid, other, grid)
             cloudy = _repeated(usable, height, width, files)[box][0] == 0
-        return np.ascontiguousarray(pixels[box]), read[finest][1], cloudy
+        return np.ascontiguousarray(pixels[box]), grid, cloudy
 
-    def _keep_one_grid(self, found: Candidates, grids: list["Grid"], window) -> None:
+    def _keep_one_grid(self, found: Candidates, grids: list[Grid], window) -> None:
         """Keep the scenes on the most frequent grid, and note where its centre lies."""
         (usual, _), *_ = Counter(grids).most_common(1)
         apart = [not grid.same(usual) for grid in grids]
@@ -160,11 +179,12 @@ class RasterSource(TiffSource):
         if not self._folders or _images(root):
             root = root.resolve()
             self.root, self._folders = root.parent, [root.name]
-        names, kind, scales, offsets = self._first_header()
-        if bands is not None and len(bands) != len(names):
-            raise DataError(f"bands: the rasters hold {len(names)} bands, got {bands}")
-        dtype = location_dtype(dtype or kind, root).name
-        self.content = Content(tuple(bands or names), dtype, "DN", scales, offsets)
+        self._first = first = self._first_header()
+        if bands is not None and len(bands) != len(first.bands):
+            raise DataError(f"bands: the rasters hold {len(first.bands)} bands, got {bands}")
+        dtype = location_dtype(dtype or first.dtype, root).name
+        names = tuple(bands or first.bands)
+        self.content = Content(names, dtype, "DN", first.scales, first.offsets)
 
     def names(self) -> list[str]:
         names = []
@@ -186,34 +206,25 @@ class RasterSource(TiffSource):
         for path in _images(folder):
             valid = path.with_name(f"{path.stem}_valid{path.suffix}")
             images = [(path, list(range(1, count + 1)))]
-            scenes.append(Files(path.name, path, images, valid if valid.exists() else None))
+            valid = valid if valid.exists() else None
+            scenes.append(Files(path.name, path, images, valid, self._first))
         return scenes
 
-    def _headers(self, folder: str) -> Iterator["_Header"]:
+    def _headers(self, folder: str) -> Iterator[Header]:
         rasterio = import_rasterio()
-        with _gdal():
+        with gdal_settings():
             for path in _images(self.root / folder):
                 try:
                     with rasterio.open(path) as file:
-                        bands = [text or f"band{i}" for i, text in enumerate(file.descriptions, 1)]
-                        yield _Header(*file.shape, bands, file.dtypes[0], file.scales, file.offsets)
+                        yield header_of(file)
                 except rasterio.errors.RasterioError:
                     continue  # `load` will log it
 
-    def _first_header(self) -> tuple[list[str], str, tuple, tuple]:
+    def _first_header(self) -> Header:
         for folder in self._folders:
             for header in self._headers(folder):
-                return header.bands, header.dtype, header.scales, header.offsets
+                return header
         raise DataError(f"{self.root}: holds no raster <date>[_<anything>].tif that can be read")
-
-
-class _Header(NamedTuple):
-    height: int
-    width: int
-    bands: list[str]
-    dtype: str
-    scales: tuple[float, ...]
-    offsets: tuple[float, ...]
 
 
 class SeriesSource(Source):
@@ -229,6 +240,13 @@ class SeriesSource(Source):
             series.bands, dtype, series.units,
             tuple(series.scale.tolist()), tuple(series.offset.tolist()),
         )  # fmt: skip
+
+    def inputs(self) -> dict:
+        if isinstance(self.series, SimulatedSeries):
+            return {"simulation": self.series.arguments}
+        if isinstance(self.series, PublishedCorpus):
+            return {"csv": sha256(self.series.table)}
+        return {}
 
     def names(self) -> list[str]:
         return [f"{index:06d}" for index in range(len(self.series))]
@@ -252,102 +270,15 @@ class SeriesSource(Source):
 class Files:
     """Files of a scene: (path, bands to read) of each, and of its validity.
 
-    `source` names the scene in logs, and the name of `named` begins with its date.
+    `source` names the scene in logs, and the name of `named` begins with its date. The images
+    must have the bands and units of `like`, if any.
     """
 
     source: str
     named: Path
     images: list[tuple[Path, list[int]]]
     valid: Path | None = None
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Georeference of a raster; `crs` as text, `transform` as its six numbers."""
-
-    crs: str
-    transform: tuple[float, ...]
-    height: int
-    width: int
-
-    def same(self, other: "Grid") -> bool:
-        """Whether both have one CRS and size, and corners within half a pixel."""
-        if (self.crs, self.height, self.width) != (other.crs, other.height, other.width):
-            return False
-        corners = ((0, 0), (self.width, self.height))
-        pixel = np.hypot(other.transform[0], other.transform[3])
-        return all(
-            np.abs(np.subtract(self.at(*c), other.at(*c))).max() <= 0.5 * pixel for c in corners
-        )
-
-    def at(self, col: float, row: float) -> tuple[float, float]:
-        a, b, c, d, e, f = self.transform
-        return a * col + b * row + c, d * col + e * row + f
-
-    def centre(self, window: tuple[int, int] | None, size: int) -> tuple[str, float, float] | None:
-        """CRS, x and y of the centre of a window; None where the raster has no CRS."""
-        if not self.crs:
-            return None
-        row, col = window or ((self.height - size) / 2, (self.width - size) / 2)
-        return self.crs, *self.at(col + size / 2, row + size / 2)
-
-
-def degrees(centres: list[tuple[str, float, float] | None]) -> list[tuple[float, float]]:
-    """Longitude and latitude of each, NaN for None; one call for each CRS, which is what costs."""
-    found = [(float("nan"), float("nan"))] * len(centres)
-    for crs in sorted({centre[0] for centre in centres if centre}):
-        from rasterio.warp import transform
-
-        at = [i for i, centre in enumerate(centres) if centre and centre[0] == crs]
-        places = transform(crs, "EPSG:4326", *zip(*(centres[i][1:] for i in at)))
-        for i, longitude, latitude in zip(at, *places):
-            found[i] = float(longitude), float(latitude)
-    return found
-
-
-class _Unfit(Exception):
-    """A scene that cannot enter the store: (reason, detail)."""
-
-
-@contextmanager
-def _gdal() -> Iterator[None]:
-    rasterio = import_rasterio()
-    with rasterio.Env(**_GDAL), warnings.catch_warnings():
-        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        yield
-
-
-def _read_tiff(
-    path: Path, bands: list[int], corner: tuple[int, int] | None, size: int
-) -> tuple[np.ndarray, Grid]:
-    """Pixels (C, H, W), 0 where a band says that there is no data, and the grid of the file.
-
-    All of them, or the window of `size` pixels at the upper left `corner`.
-    """
-    rasterio = import_rasterio()
-    from rasterio.enums import MaskFlags
-    from rasterio.windows import Window
-
-    try:
-        with rasterio.open(path) as file:
-            if file.count != len(bands):
-                raise _Unfit(
-                    "wrong bands", f"{path}: holds {file.count} bands, {len(bands)} are needed"
-                )
-            window = None if corner is None else Window(corner[1], corner[0], size, size)
-            if window and (corner[0] + size > file.height or corner[1] + size > file.width):
-                raise _Unfit("wrong size", f"{path}: has no {size} x {size} pixels at {corner}")
-            pixels = file.read(bands, window=window)
-            flags = {flag for band in file.mask_flag_enums for flag in band}
-            zero = flags == {MaskFlags.nodata} and file.nodata == 0 and len(bands) == 1
-            if flags != {MaskFlags.all_valid} and not zero:
-                pixels[:, (file.read_masks(bands, window=window) == 0).any(0)] = 0
-            crs = file.crs.to_string() if file.crs else ""
-            return pixels, Grid(crs, tuple(file.transform)[:6], *file.shape)
-    except rasterio.errors.RasterioError as error:
-        missing = not path.exists()
-        reason = "missing file" if missing else "unreadable"
-        raise _Unfit(reason, f"{path}: {error.__cause__ or error}") from None
+    like: Header | None = None
 
 
 def _repeated(plane: np.ndarray, height: int, width: int, files: Files) -> np.ndarray:
@@ -355,7 +286,7 @@ def _repeated(plane: np.ndarray, height: int, width: int, files: Files) -> np.nd
     h, w = plane.shape[-2:]
     factor = height // h
     if (h * factor, w * factor) != (height, width):
-        raise _Unfit(
+        raise Unfit(
             "wrong size", f"{files.named}: bands of {h} x {w} and {height} x {width} pixels"
         )
     return plane if factor == 1 else plane.repeat(factor, 1).repeat(factor, 2)
