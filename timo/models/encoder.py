@@ -22,7 +22,7 @@ class Stage(nn.Module):
     """Embedding, blocks and the closing layer norm of one stage.
 
     With `checkpoint_blocks`, training keeps the input of each block alone and runs the block again
-    in the backward: less memory for about a third more time.
+    in the backward: less memory for one more forward of every block.
 
     Shape of `forward`, which runs the blocks and the norm: (B, T, h, w, D) -> the same.
     """
