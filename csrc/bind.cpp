@@ -56,6 +56,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("isa_level", &isa_level);
   m.def("cap_isa", &cap_isa);
+  m.def("emulate_amx", &emulate_amx);
+  m.def("poison_workspace", &poison_workspace);
   m.def("temporal_median_cpu",
         [](uintptr_t x, Sizes4 stride, int dtype, uintptr_t valid, Sizes3 valid_stride,
            uintptr_t values, uintptr_t indices, Sizes5 size) {

@@ -23,9 +23,18 @@ struct MedianArgs {
   int64_t B, T, N, H, D;
 };
 
-// Instruction sets of the CPU kernels: 0 portable, 1 AVX2, 2 AVX-512, 3 AMX bf16.
+// Instruction sets of the CPU kernels: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX512-BF16 where it is
+// faster than float32, 4 AMX bf16.
 int isa_level();
 void cap_isa(int level);  // tests force a lower tier; a cap above what the CPU has does nothing
+
+// Tests run the kernels of AMX on a model of its tiles; false where not even AVX-512 is there.
+bool emulate_amx(bool on);
+bool emulates_amx();
+
+// Tests let workspaces start as NaN.
+void poison_workspace(bool on);
+bool poisons_workspace();
 
 void temporal_median_cpu(const MedianArgs& a, Dtype dtype);
 void temporal_median_backward_cpu(const void* grad, const int64_t* indices, void* out,

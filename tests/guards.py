@@ -7,6 +7,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from timo.ops import dispatch
+
 GUARD = 256  # bytes on each side, so that the alignment of what lies between stays
 LARGEST = 2**28  # bytes; beyond it lies memory that tests of offsets touch here and there
 
@@ -15,8 +17,8 @@ LARGEST = 2**28  # bytes; beyond it lies memory that tests of offsets touch here
 def guarded():
     """Poison what backends allocate uninitialised; at the end look at the bands around it.
 
-    Covers `torch.empty`, `torch.empty_like` and `Tensor.new_empty` called from Python. Floats start
-    as NaN, integers as a wild number.
+    Covers `torch.empty`, `torch.empty_like` and `Tensor.new_empty` called from Python, and the
+    workspaces of compiled kernels. Floats start as NaN, integers as a wild number.
 
     Raises:
         AssertionError: a byte beside an allocation was written to.
@@ -49,8 +51,22 @@ def guarded():
         patch.object(torch, "empty", poisoned_empty),
         patch.object(torch, "empty_like", poisoned_empty_like),
         patch.object(Tensor, "new_empty", poisoned_new_empty),
+        poisoned_workspace(),
     ):
         yield
     for whole, fill, what in blocks:
         for band in (whole[:GUARD], whole[-GUARD:]):
             assert (band == fill).all(), f"a kernel wrote outside its output {what}"
+
+
+@contextmanager
+def poisoned_workspace():
+    """NaN in the workspaces of compiled kernels."""
+    compiled = dispatch.compiled()
+    if compiled:
+        compiled.poison_workspace(True)
+    try:
+        yield
+    finally:
+        if compiled:
+            compiled.poison_workspace(False)

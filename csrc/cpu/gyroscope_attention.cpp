@@ -38,22 +38,32 @@ void clear_invalid(const GyroscopeArgs& a, bool backward) {
 
 }  // namespace
 
+namespace {
+
+using Kernel = void (*)(const GyroscopeArgs&);
+
+// By instruction set (isa_level); products of bfloat16 need no float32 where the CPU has them.
+void run(const GyroscopeArgs& a, const Kernel (&kernels)[5], Kernel emulated) {
+  const int level = a.dtype == Dtype::bf16 ? isa_level() : std::min(isa_level(), 2);
+  (level == 4 && emulates_amx() ? emulated : kernels[level])(a);
+}
+
+}  // namespace
+
 void gyroscope_attention_cpu(const GyroscopeArgs& a) {
   clear_invalid(a, false);
-  const int level = isa_level();
-  const auto run = level >= 2   ? gyroscope_forward_avx512
-                   : level == 1 ? gyroscope_forward_avx2
-                                : gyroscope_forward_portable;
-  run(a);
+  run(a,
+      {gyroscope_forward_portable, gyroscope_forward_avx2, gyroscope_forward_avx512,
+       gyroscope_forward_avx512_bf16, gyroscope_forward_amx},
+      gyroscope_forward_amx_emulated);
 }
 
 void gyroscope_attention_backward_cpu(const GyroscopeArgs& a) {
   clear_invalid(a, true);
-  const int level = isa_level();
-  const auto run = level >= 2   ? gyroscope_backward_avx512
-                   : level == 1 ? gyroscope_backward_avx2
-                                : gyroscope_backward_portable;
-  run(a);
+  run(a,
+      {gyroscope_backward_portable, gyroscope_backward_avx2, gyroscope_backward_avx512,
+       gyroscope_backward_avx512_bf16, gyroscope_backward_amx},
+      gyroscope_backward_amx_emulated);
 }
 
 }  // namespace timo

@@ -13,18 +13,26 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "ops.h"
 
 namespace timo {
 
-// One entry point per instruction set; each takes float32, float16 and bfloat16.
+// One entry point per instruction set; each takes float32, float16 and bfloat16, those of bf16
+// products bfloat16 alone.
 void gyroscope_forward_portable(const GyroscopeArgs& a);
 void gyroscope_forward_avx2(const GyroscopeArgs& a);
 void gyroscope_forward_avx512(const GyroscopeArgs& a);
+void gyroscope_forward_avx512_bf16(const GyroscopeArgs& a);
+void gyroscope_forward_amx(const GyroscopeArgs& a);
+void gyroscope_forward_amx_emulated(const GyroscopeArgs& a);
 void gyroscope_backward_portable(const GyroscopeArgs& a);
 void gyroscope_backward_avx2(const GyroscopeArgs& a);
 void gyroscope_backward_avx512(const GyroscopeArgs& a);
+void gyroscope_backward_avx512_bf16(const GyroscopeArgs& a);
+void gyroscope_backward_amx(const GyroscopeArgs& a);
+void gyroscope_backward_amx_emulated(const GyroscopeArgs& a);
 
 namespace {
 
@@ -136,6 +144,7 @@ class Workspace {
   Workspace(int64_t parts, int64_t bytes) : bytes_(round_up(bytes, 4096)) {
     data_.reset(static_cast<char*>(std::aligned_alloc(4096, parts * bytes_)));
     if (!data_) throw std::bad_alloc();
+    if (poisons_workspace()) std::memset(data_.get(), 0xff, parts * bytes_);
   }
   char* part(int64_t i) const { return data_.get() + i * bytes_; }
 

@@ -10,6 +10,12 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,bmi2")
 #include "cpu/gyroscope_attention_tier_avx512.h"
 
+namespace timo {
+namespace {
+using Tier = Avx512;
+}  // namespace
+}  // namespace timo
+
 #include "cpu/gyroscope_attention_backward.h"
 #include "cpu/gyroscope_attention_forward.h"
 

@@ -1,10 +1,10 @@
-// Backward in float32. A task owns some keys of one sample and head, in lanes by panels, and walks
-// over all queries in blocks; weights are recomputed from the saved logarithms:
+// Backward. A task owns some keys of one sample and head, in lanes by panels, and walks over all
+// queries in blocks; weights are recomputed from the saved logarithms:
 //   P[query][key] = exp2(queries . keys - logs),  dv[date, channel][key] += dout . P,
 //   dE[query][key] = P * (dout . v - delta),  dk[channel][key] += queries . dE,  dq += dE . keys
-// where dout carries each query's share of the spatial part, and -delta follows a date's channels
-// of dout as one more, whose value is 1 where the date can use the key. All tasks of a head add to
-// the same dq, each block of queries in the order of the tasks: a result never depends on threads.
+// where dout and delta carry each query's share of the spatial part, and delta counts the dates
+// that can use the key. All tasks of a head add to the same dq, each block of queries in the order
+// of the tasks: a result never depends on threads.
 #pragma once
 #include <sched.h>
 
@@ -52,104 +52,129 @@ struct Group {
   }
 };
 
-// A block of queries: q [query][q_step], dout [query][date][D + 1], dq [query][dq_step]. q carries
-// energy_scale as in the forward: energies are then the same to the last bit, and their roundings
-// cancel against those of the saved logarithms.
+// The left factor of a sum over rows: those rows, walked across, or their transpose.
+struct Across {
+  float* data;
+  int64_t step;
+};
+
+// A block of queries: operands q [query][q_step] and dout [query][dout_step]; the same for sums over
+// queries; delta [query][date]; dq [query][dq_step].
 struct Block {
-  float *q, *dout, *logs, *dq;
+  float *q, *dout, *logs, *delta, *dq;
+  Across q_across, dout_across;
 };
 
 struct BackwardScratch {
   Index *dates, *positions, *late;
-  float *kT, *dkT, *vT, *dvT;  // [panel][channel][width]; vT with D + 1 channels a date
-  float* k;                    // [key][dq_step]
-  float *P, *dE;
+  float *kT, *vT, *k;     // operands: [panel][k_size], [panel][date][v_size], [key][dq_step]
+  float *dkT, *dvT;       // [panel][dk_size], [panel][date][D][width]
+  float* seen;            // [panel][date][width]: 1 where the date can use the key
+  float *P, *dE;          // [query][width]
+  float *P_across, *dE_across, *dE_along;  // operands of them, for sums over queries and over keys
   Block block, late_block;
   TemporalScratch temporal;
-  int64_t q_step, dout_step, dq_step;
+  int64_t k_size, v_size, dk_size, q_step, dout_step, delta_step, dq_step, dE_step;
 
   BackwardScratch(const GyroscopeArgs& a, const BackwardPlan& plan, Carve& c)
       : temporal(a, plan.dates, c) {
-    const int64_t keys = plan.panels * width, D = a.D;
-    q_step = row_stride(D), dq_step = round_up(D, lanes);
-    dout_step = row_stride(plan.dates * (D + 1) + lanes);
+    const int64_t D = a.D, tile = plan.dates, panels = plan.panels;
+    k_size = operands(D) * width, v_size = D / pair * width, dk_size = round_up(D, rows) * width;
+    q_step = row_stride(operands(D)), dout_step = row_stride(operands(tile * D) + lanes);
+    delta_step = tile, dq_step = round_up(D, lanes), dE_step = pair == 1 ? width : operands(width);
     dates = c.take<Index>(a.T);
     positions = c.take<Index>(a.N);
     late = c.take<Index>(query_block);
-    kT = c.take<float>(keys * D);
-    vT = c.take<float>(keys * plan.dates * (D + 1));
-    dkT = c.take<float>(keys * D);
-    dvT = c.take<float>(keys * plan.dates * D);
-    k = c.take<float>(keys * dq_step);
+    kT = c.take<float>(panels * k_size);
+    vT = c.take<float>(panels * tile * v_size + depth * width);
+    k = c.take<float>(operands((panels + 1) * width) * dq_step);
+    dkT = c.take<float>(panels * dk_size);
+    dvT = c.take<float>(panels * tile * D * width + rows * width);
+    seen = c.take<float>(irregular(a) ? panels * tile * width : 0);
     P = c.take<float>(query_block * width);
     dE = c.take<float>(query_block * width);
-    for (Block* x : {&block, &late_block})
-      *x = {c.take<float>(query_block * q_step), c.take<float>(query_block * dout_step),
-            c.take<float>(query_block), c.take<float>(query_block * dq_step)};
+    P_across = pair == 1 ? P : c.take<float>(query_block / pair * width);
+    dE_across = pair == 1 ? dE : c.take<float>(query_block / pair * width);
+    dE_along = pair == 1 ? dE : c.take<float>(query_block * dE_step);
+    for (Block* x : {&block, &late_block}) {
+      x->q = c.take<float>(query_block * q_step);
+      x->dout = c.take<float>(query_block * dout_step);
+      x->logs = c.take<float>(query_block);
+      x->delta = c.take<float>(query_block * delta_step);
+      x->dq = c.take<float>(query_block * dq_step);
+      const int64_t step = row_stride(query_block / pair);
+      auto transpose = [&](int64_t channels) {
+        return Across{c.take<float>(round_up(channels, rows) * step), step};
+      };
+      x->q_across = pair == 1 ? Across{x->q, q_step} : transpose(D);
+      x->dout_across = pair == 1 ? Across{x->dout, dout_step} : transpose(tile * D);
+    }
+  }
+
+  // Before first use. What fills up operands is multiplied, by zeros, and so must be finite.
+  void clear(int64_t D) const {
+    temporal.spare.clear(D);
+    std::fill_n(dE_along, query_block * dE_step, 0.f);
   }
 };
 
-// One block of queries against one panel of keys.
+// One block of queries against one panel of keys; `seen` is null where all dates use all keys.
 template <int NV>
 inline void sweep(const BackwardScratch& w, const Block& x, int64_t count, int64_t keys, int64_t D,
-                  int64_t dates, const float* kT, const float* vT, float* dkT, float* dvT,
-                  const float* k) {
+                  int64_t dates, float scale, const float* kT, const float* vT, const float* seen,
+                  const float* k, float* dkT, float* dvT) {
   const F reach = Tier::set(60);  // of keys that weigh nothing (padding) the energy may be any
-  for (int64_t n = 0; n < count; n += rows) {
-    F acc[rows][NV];
-    clear(acc);
-    product<Walk::along_rows, NV>(x.q + n * w.q_step, w.q_step, kT, width, D, acc);
-    float* to = w.P + n * width;
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i)
+  const int64_t all = round_up(count, rows), made = filled(count);
+  multiply<Walk::along_rows, Into::set, NV>(x.q, w.q_step, kT, width, operands(D), all, w.P, width);
+  for (int64_t n = 0; n < made; n += pair)
 #pragma GCC unroll 3
-      for (int j = 0; j < NV; ++j) Tier::store(to + i * width + j * lanes, acc[i][j]);
-    for (int i = 0; i < rows; ++i) {
-      const F logs = Tier::set(x.logs[n + i]);
-#pragma GCC unroll 3
-      for (int j = 0; j < NV; ++j) {
-        float* p = to + i * width + j * lanes;
-        const F energy = Tier::load(p) - logs;
-        Tier::store(p, Tier::exp2(energy > reach ? reach : energy));
+    for (int j = 0; j < NV; ++j) {
+      F p[pair] = {};
+#pragma GCC unroll 2
+      for (int64_t l = 0; l < pair; ++l) {
+        if (n + l >= count) continue;
+        float* at = w.P + (n + l) * width + j * lanes;
+        const F energy = energies(at, scale) - x.logs[n + l];
+        p[l] = Tier::exp2(energy > reach ? reach : energy);
+        Tier::store(at, p[l]);
       }
+      if (pair > 1)
+        Tier::store(w.P_across + n / pair * width + j * lanes, Tier::zip(p[0], p[pair - 1]));
     }
+  multiply<across, Into::add, NV>(x.dout_across.data, x.dout_across.step, w.P_across, width,
+                                  operands(count), round_up(dates * D, rows), dvT, width);
+  const int64_t channels = operands(dates * D);
+  for (int64_t c = 0; c < channels; c += channel_block) {
+    const auto run = c == 0 ? multiply<Walk::along_rows, Into::set, NV>
+                            : multiply<Walk::along_rows, Into::add, NV>;
+    run(x.dout + c, w.dout_step, vT + c * width, width, std::min(channel_block, channels - c), all,
+        w.dE, width);
   }
-  for (int64_t t = 0; t < dates; ++t)
-    for (int64_t d = 0; d < D; d += rows)
-      add_product<Walk::across_rows, NV>(x.dout + t * (D + 1) + d, w.dout_step, w.P, width, count,
-                                         dvT + (t * D + d) * width, width);
-  const int64_t channels = dates * (D + 1);
-  const int64_t part = std::max<int64_t>(1, channel_block / (D + 1)) * (D + 1);  // stays in L1
-  for (int64_t c = 0; c < channels; c += part)
-    for (int64_t n = 0; n < count; n += rows) {
-      const int64_t some = std::min(part, channels - c);
-      const bool last = c + some == channels;
-      F acc[rows][NV];
-      clear(acc);
-      const float* dout = x.dout + n * w.dout_step;
-      product<Walk::along_rows, NV>(dout + c, w.dout_step, vT + c * width, width, some, acc);
-#pragma GCC unroll 8
-      for (int i = 0; i < rows; ++i)
+  for (int64_t n = 0; n < made; n += pair)
 #pragma GCC unroll 3
-        for (int j = 0; j < NV; ++j) {
-          const int64_t at = (n + i) * width + j * lanes;
-          F sum = acc[i][j];
-          if (c > 0) sum += Tier::load(w.dE + at);
-          Tier::store(w.dE + at, last ? Tier::load(w.P + at) * sum : sum);
-        }
+    for (int j = 0; j < NV; ++j) {
+      F de[pair] = {};
+#pragma GCC unroll 2
+      for (int64_t l = 0; l < pair; ++l) {
+        if (n + l >= count) continue;
+        const int64_t at = (n + l) * width + j * lanes;
+        const float* delta = x.delta + (n + l) * w.delta_step;
+        F dp = Tier::load(w.dE + at);
+        for (int64_t t = 0; t < dates; ++t)
+          dp -= seen ? Tier::load(seen + t * width + j * lanes) * delta[t] : Tier::set(delta[t]);
+        de[l] = Tier::load(w.P + at) * dp;
+        Tier::store(reinterpret_cast<Packed*>(w.dE_along + (n + l) * w.dE_step) + j * lanes, de[l]);
+      }
+      if (pair > 1)
+        Tier::store(w.dE_across + n / pair * width + j * lanes, Tier::zip(de[0], de[pair - 1]));
     }
-  for (int64_t d = 0; d < D; d += rows)
-    add_product<Walk::across_rows, NV>(x.q + d, w.q_step, w.dE, width, count, dkT + d * width,
-                                       width);
-  for (int64_t n = 0; n < count; n += rows)
-    for (int64_t d = 0; d < w.dq_step; d += 2 * lanes) {
-      const float* a = w.dE + n * width;
-      float* to = x.dq + n * w.dq_step + d;
-      if (w.dq_step - d > lanes)
-        add_product<Walk::along_rows, 2>(a, width, k + d, w.dq_step, keys, to, w.dq_step);
-      else
-        add_product<Walk::along_rows, 1>(a, width, k + d, w.dq_step, keys, to, w.dq_step);
-    }
+  multiply<across, Into::add, NV>(x.q_across.data, x.q_across.step, w.dE_across, width,
+                                  operands(count), round_up(D, rows), dkT, width);
+  for (int64_t d = 0; d < w.dq_step; d += 2 * lanes) {
+    const auto run = w.dq_step - d > lanes ? multiply<Walk::along_rows, Into::add, 2>
+                                           : multiply<Walk::along_rows, Into::add, 1>;
+    run(w.dE_along, w.dE_step, k + d, w.dq_step, operands(keys), all, x.dq + d, w.dq_step);
+  }
 }
 
 // Delta, share and zeros in dq of the vector of positions from n0 on.
@@ -163,7 +188,7 @@ void prepare(const GyroscopeArgs& a, const Group& g, const TemporalScratch& w, i
     alignas(64) float exponent[lanes], share[lanes];
     const Stored *out[lanes], *grad[lanes];
     for (int64_t i = 0; i < lanes; ++i) {
-      out[i] = grad[i] = reinterpret_cast<const Stored*>(w.rows.zeros);
+      out[i] = grad[i] = reinterpret_cast<const Stored*>(w.spare.zeros);
       if (i >= count || !usable(a, b, t, n0 + i)) continue;
       out[i] = at<Stored>(a.out, b, t, n0 + i, h);
       grad[i] = at<Stored>(a.grad, b, t, n0 + i, h);
@@ -193,61 +218,83 @@ void prepare(const GyroscopeArgs& a, const Group& g, const TemporalScratch& w, i
   }
 }
 
-// Keys of a task and the values of a tile of dates, transposed.
+// Keys of a task and the values of a tile of dates.
 template <class Stored>
 void load_keys(const GyroscopeArgs& a, const BackwardScratch& w, int64_t b, int64_t h, List keys,
                List dates) {
-  const int64_t D = a.D, channels = dates.count * (D + 1);
-  const auto* zeros = reinterpret_cast<const Stored*>(w.temporal.rows.zeros);
-  for (int64_t i = 0; i < keys.count; ++i)
-    load_row(at<Stored>(a.k_median, b, 0, keys.at[i], h), D, w.k + i * w.dq_step);
-  for (int64_t i = 0; i < round_up(keys.count, width); i += lanes) {
+  const int64_t D = a.D;
+  const auto* zeros = reinterpret_cast<const Stored*>(w.temporal.spare.zeros);
+  const Stored* row[lanes];
+  for (int64_t i = 0; i < round_up(keys.count, width) + depth * pair; i += pair) {
+    for (int64_t l = 0; l < pair; ++l)
+      row[l] = i + l < keys.count ? at<Stored>(a.k_median, b, 0, keys.at[i + l], h) : zeros;
+    pack_rows(row, D, w.k + i / pair * w.dq_step);
+  }
+  const int64_t panels = (keys.count + width - 1) / width;
+  std::fill_n(w.vT + panels * dates.count * w.v_size, depth * width, 0.f);
+  for (int64_t i = 0; i < panels * width; i += lanes) {
     const int64_t panel = i / width, lane = i % width;
-    const Stored* row[lanes];
-    auto load = [&](const Strided& x, int64_t t, float* to) {
-      for (int64_t j = 0; j < lanes; ++j) {
-        const bool real = i + j < keys.count && usable(a, b, t, keys.at[i + j]);
-        row[j] = real || (i + j < keys.count && &x == &a.k_median)
-                     ? at<Stored>(x, b, t, keys.at[i + j], h)
-                     : zeros;
+    for (int64_t l = 0; l < lanes; ++l)
+      row[l] = i + l < keys.count ? at<Stored>(a.k_median, b, 0, keys.at[i + l], h) : zeros;
+    pack_columns(row, D, w.kT + panel * w.k_size + lane, width);
+    for (int64_t j = 0; j < dates.count; ++j) {
+      for (int64_t l = 0; l < lanes; ++l) {
+        const bool real = i + l < keys.count && usable(a, b, dates.at[j], keys.at[i + l]);
+        row[l] = real ? at<Stored>(a.v, b, dates.at[j], keys.at[i + l], h) : zeros;
+        if (irregular(a)) w.seen[(panel * dates.count + j) * width + lane + l] = real;
       }
-      load_transposed(row, D, to, width);
-    };
-    load(a.k_median, 0, w.kT + panel * D * width + lane);
-    float* vT = w.vT + panel * channels * width + lane;
-    for (int64_t j = 0; j < dates.count; ++j, vT += (D + 1) * width) {
-      load(a.v, dates.at[j], vT);
-      for (int64_t l = 0; l < lanes; ++l) vT[D * width + l] = row[l] != zeros;
+      load_transposed_as<Operand<Stored>>(
+          row, D / pair, w.vT + (panel * dates.count + j) * w.v_size + lane, width);
     }
   }
 }
 
-// A block of queries of the list: medians, and weighted cotangents with -delta after each date's.
+// The transpose of `count` rows of channels, for sums over them; rows that fill it up are 0.
+inline void turn(const float* from, int64_t step, int64_t count, int64_t channels,
+                 const Across& to) {
+  for (int64_t i = 0; i < count; i += pair * lanes) {
+    const Packed* row[pair * lanes];
+    for (int64_t l = 0; l < pair * lanes; ++l)
+      row[l] = reinterpret_cast<const Packed*>(from + std::min(i + l, count - 1) * step);
+    pack_across(row, channels, to.data + i / pair, to.step);
+    for (int64_t c = channels; c < round_up(channels, rows); ++c)
+      Tier::store(to.data + c * to.step + i / pair, F{});
+  }
+}
+
+inline void turn(const BackwardScratch& w, const Block& x, int64_t count, int64_t D,
+                 int64_t dates) {
+  if (pair == 1) return;
+  turn(x.q, w.q_step, count, D, x.q_across);
+  turn(x.dout, w.dout_step, count, dates * D, x.dout_across);
+}
+
+// A block of queries of the list: medians, and cotangents and delta by their share.
 template <class Stored>
 void load_queries(const GyroscopeArgs& a, const BackwardScratch& w, const Group& g, int64_t head,
                   int64_t b, int64_t h, List queries, List dates) {
   const int64_t D = a.D;
-  const float scale = energy_scale(a);
+  const Block& x = w.block;
   for (int64_t i = 0; i < round_up(queries.count, rows); ++i) {
     const int64_t n = queries.at[std::min(i, queries.count - 1)];
-    float* q = w.block.q + i * w.q_step;
-    load_row(at<Stored>(a.q_median, b, 0, n, h), D, q);
-    for (int64_t d = 0; d < D; ++d) q[d] *= scale;
-    w.block.logs[i] = *at<float>(a.spatial_lse, b, 0, n, h);
-    float* to = w.block.dout + i * w.dout_step;
-    for (int64_t j = 0; j < dates.count; ++j, to += D + 1) {
+    float* q = x.q + i * w.q_step;
+    pack_row(at<Stored>(a.q_median, b, 0, n, h), D, q);
+    for (int64_t d = 0; pair == 1 && d < D; ++d) q[d] *= query_scale(a);
+    x.logs[i] = *at<float>(a.spatial_lse, b, 0, n, h);
+    auto* to = reinterpret_cast<Packed*>(x.dout + i * w.dout_step);
+    for (int64_t j = 0; j < dates.count; ++j) {
       const int64_t t = dates.at[j], scalar = (head * a.T + t) * a.N + n;
       const float share = std::max(g.share[scalar], 0.f);
-      if (share > 0) {
-        const Stored* grad = at<Stored>(a.grad, b, t, n, h);
-        for (int64_t d = 0; d < D; d += lanes)
-          Tier::store(to + d, load_part(grad + d, D - d) * share);
-      } else {
-        std::fill_n(to, D, 0.f);
-      }
-      to[D] = -share * g.delta[scalar];
+      const Stored* grad = share > 0 ? at<Stored>(a.grad, b, t, n, h)
+                                     : reinterpret_cast<const Stored*>(w.temporal.spare.zeros);
+      for (int64_t d = 0; d < D; d += lanes)
+        Tier::store(to + j * D + d, load_part(grad + d, D - d) * share);
+      x.delta[i * w.delta_step + j] = share * g.delta[scalar];
     }
+    const int64_t used = dates.count * D;
+    std::memset(to + used, 0, (filled(used) - used) * sizeof(Packed));
   }
+  turn(w, x, queries.count, D, dates.count);
 }
 
 // The queries of a block whose part of date t needs a reference of its own; returns how many.
@@ -255,18 +302,19 @@ template <class Stored>
 int64_t load_late(const GyroscopeArgs& a, const BackwardScratch& w, const Group& g, int64_t head,
                   int64_t b, int64_t h, List queries, int64_t t) {
   int64_t count = 0;
+  const Block& x = w.late_block;
   for (int64_t i = 0; i < queries.count; ++i) {
     const int64_t n = queries.at[i], scalar = (head * a.T + t) * a.N + n;
     if (g.share[scalar] != own_reference) continue;
-    const Block& x = w.late_block;
     w.late[count] = static_cast<Index>(i);
-    std::copy_n(w.block.q + i * w.q_step, a.D, x.q + count * w.q_step);
+    std::copy_n(w.block.q + i * w.q_step, operands(a.D), x.q + count * w.q_step);
     x.logs[count] = *at<float>(a.lse, b, t, n, h) - load_scalar(a.gate, a.gate_dtype, b, t, n, h) *
                                                         static_cast<float>(log2e);
-    load_row(at<Stored>(a.grad, b, t, n, h), a.D, x.dout + count * w.dout_step);
-    x.dout[count * w.dout_step + a.D] = -g.delta[scalar];
+    pack_row(at<Stored>(a.grad, b, t, n, h), a.D, x.dout + count * w.dout_step);
+    x.delta[count * w.delta_step] = g.delta[scalar];
     ++count;
   }
+  turn(w, x, count, a.D, 1);
   return count;
 }
 
@@ -280,7 +328,7 @@ void backward_task(const GyroscopeArgs& a, const BackwardPlan& plan, const Backw
   if (dates.count == 0 || keys.count <= 0) return;
   const int64_t panels = (keys.count + width - 1) / width;
   const int64_t tiles = (dates.count + plan.dates - 1) / plan.dates;
-  std::fill_n(w.dkT, panels * D * width, 0.f);
+  std::fill_n(w.dkT, panels * w.dk_size, 0.f);
   for (int64_t part = 0; part < tiles; ++part) {
     const int64_t from = part * plan.dates;
     const List own{dates.at + from, std::min(plan.dates, dates.count - from)};
@@ -291,9 +339,10 @@ void backward_task(const GyroscopeArgs& a, const BackwardPlan& plan, const Backw
       for (int64_t i = 0; i < panels; ++i) {
         const int64_t left = std::min(width, keys.count - i * width);
         const auto run = left > 2 * lanes ? sweep<3> : left > lanes ? sweep<2> : sweep<1>;
-        run(w, x, count, left, D, some, w.kT + i * D * width,
-            w.vT + (i * own.count + j) * (D + 1) * width, w.dkT + i * D * width,
-            w.dvT + (i * own.count + j) * D * width, w.k + i * width * w.dq_step);
+        const int64_t date = i * own.count + j;
+        run(w, x, count, left, D, some, energy_scale(a), w.kT + i * w.k_size,
+            w.vT + date * w.v_size, irregular(a) ? w.seen + date * width : nullptr,
+            w.k + i * width / pair * w.dq_step, w.dkT + i * w.dk_size, w.dvT + date * D * width);
       }
     };
     for (int64_t n0 = 0; n0 < queries.count; n0 += query_block) {
@@ -317,17 +366,18 @@ void backward_task(const GyroscopeArgs& a, const BackwardPlan& plan, const Backw
     }
     for (int64_t i = 0; i < keys.count; i += lanes) {
       const int64_t panel = i / width, lane = i % width;
-      float* dkT = w.dkT + panel * D * width + lane;
+      float* dkT = w.dkT + panel * w.dk_size + lane;
+      const auto dk_scale = static_cast<float>(pair == 1 ? 1 / log2e : a.scale);
       temporal_backward<Stored>(a, w.temporal, b, h, keys, i, dates, from, own.count,
                                 w.dvT + panel * own.count * D * width + lane,
                                 g.delta + head * a.T * a.N);
       if (part + 1 < tiles) continue;
       for (int64_t d = 0; d < D; ++d)
-        Tier::store(dkT + d * width, Tier::load(dkT + d * width) * static_cast<float>(1 / log2e));
+        Tier::store(dkT + d * width, Tier::load(dkT + d * width) * dk_scale);
       Stored* row[lanes];
       for (int64_t j = 0; j < lanes; ++j)
         row[j] = i + j < keys.count ? at<Stored>(a.dk_median, b, 0, keys.at[i + j], h)
-                                    : reinterpret_cast<Stored*>(w.temporal.rows.sink);
+                                    : reinterpret_cast<Stored*>(w.temporal.spare.sink);
       store_transposed(dkT, width, D, row);
     }
   }
@@ -351,9 +401,10 @@ void backward(const GyroscopeArgs& a) {
 #pragma omp parallel num_threads(threads)
     {
       const FlushDenormals flush;
+      [[maybe_unused]] const Tier::Session session;
       Carve carve{space.part(omp_get_thread_num())};
       const BackwardScratch w(a, plan, carve);
-      w.temporal.rows.clear(a.D);
+      w.clear(a.D);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < heads * ((a.N + lanes - 1) / lanes); ++i) {
         const int64_t head = i % heads, bh = first + head;

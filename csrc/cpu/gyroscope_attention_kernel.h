@@ -1,8 +1,13 @@
-// Vectors and the one matrix product of the float32 kernels. Included by each instruction set
-// after its target pragma and its `Tier`, so everything here is compiled for that set:
+// Vectors and the one matrix product of the kernels. Included by each instruction set after its
+// target pragma and its `Tier`, so everything here is compiled for that set:
 //   Tier::F               vector of Tier::lanes floats
-//   Tier::rows            rows of the register block, Tier::rows x 3 vectors
+//   Tier::pair            numbers in an operand of products, which is 32 bits: 1 float, or 2
+//                         bfloat16 that lie side by side in the summed dimension
+//   Tier::rows, depth     products come in multiples of so many rows, and of so many operands
 //   Tier::fused           whether it has fused multiply-add
+//   Tier::tiled           whether it multiplies tiles in memory (`Tier::multiply`), not vectors
+//   Tier::multiply_add    sum + x y of vectors of operands
+//   Tier::zip             operands from vectors of their `pair` numbers
 //   Tier::load, store     float, and bfloat16 and float16 widened or rounded; any address
 //   Tier::exp2            2^x; 0 below the normal range, more than sum_limit above 2^60
 //   Tier::transpose       lanes x lanes
@@ -13,12 +18,25 @@ namespace timo {
 namespace {
 
 using F = Tier::F;
-constexpr int lanes = Tier::lanes, rows = Tier::rows;
+constexpr int lanes = Tier::lanes, rows = Tier::rows, pair = Tier::pair, depth = Tier::depth;
 constexpr int64_t width = 3 * lanes;  // a panel: positions side by side in lanes
 
 typedef int32_t I __attribute__((vector_size(sizeof(F))));
 
 TIMO_INLINE F larger(F a, F b) { return a > b ? a : b; }
+
+// Energies are products of queries and keys by `energy_scale`: floats carry it as queries, pairs
+// are multiplied as they are and their products scaled. Both round before anything is subtracted,
+// so that forward and backward round alike and this cancels against the saved logarithms.
+inline float query_scale(const GyroscopeArgs& a) { return pair == 1 ? energy_scale(a) : 1; }
+
+TIMO_INLINE F energies(const float* products, float scale) {
+  F energy = Tier::load(products);
+  if (pair == 1) return energy;
+  energy *= scale;
+  asm("" : "+v"(energy));  // no fused multiply-subtract
+  return energy;
+}
 
 // Logarithm to base 2 of positive normal numbers; infinity and NaN are returned.
 TIMO_INLINE F log2(F x) {
@@ -47,50 +65,6 @@ TIMO_INLINE void store_part(Stored* p, F x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = narrow_to(part[i], Stored{});
 }
 
-// Rows of D channels, one per lane -> to[d * step + lane].
-template <class Stored>
-inline void load_transposed(const Stored* const* row, int64_t D, float* to, int64_t step) {
-  F r[lanes];
-  int64_t d = 0;
-  for (; d + lanes <= D; d += lanes) {
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) r[i] = Tier::load(row[i] + d);
-    Tier::transpose(r);
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) Tier::store(to + (d + i) * step, r[i]);
-  }
-  if (d == D) return;
-  for (int i = 0; i < lanes; ++i) r[i] = load_part(row[i] + d, D - d);
-  Tier::transpose(r);
-  for (int i = 0; i < D - d; ++i) Tier::store(to + (d + i) * step, r[i]);
-}
-
-// from[d * step + lane] -> rows of D channels, one per lane.
-template <class Stored>
-inline void store_transposed(const float* from, int64_t step, int64_t D, Stored* const* row) {
-  F r[lanes];
-  int64_t d = 0;
-  for (; d + lanes <= D; d += lanes) {
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) r[i] = Tier::load(from + (d + i) * step);
-    Tier::transpose(r);
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) Tier::store(row[i] + d, r[i]);
-  }
-  if (d == D) return;
-  for (int i = 0; i < lanes; ++i) r[i] = i < D - d ? Tier::load(from + (d + i) * step) : F{};
-  Tier::transpose(r);
-  for (int i = 0; i < lanes; ++i) store_part(row[i] + d, r[i], D - d);
-}
-
-// A row of D channels in float32, padded with zeros to whole vectors.
-template <class Stored>
-TIMO_INLINE void load_row(const Stored* row, int64_t D, float* to) {
-  int64_t d = 0;
-  for (; d + lanes <= D; d += lanes) Tier::store(to + d, Tier::load(row + d));
-  if (d < D) Tier::store(to + d, load_part(row + d, D - d));
-}
-
 template <int NV>
 TIMO_INLINE void clear(F (&acc)[rows][NV]) {
 #pragma GCC unroll 8
@@ -100,6 +74,7 @@ TIMO_INLINE void clear(F (&acc)[rows][NV]) {
 }
 
 enum class Walk { along_rows, across_rows };
+constexpr Walk across = pair == 1 ? Walk::across_rows : Walk::along_rows;  // of sums over rows
 
 // acc[i] += sum over k < K of A[i, k] * b[k * b_step + lanes of vector j]: the register block of
 // every product here. `a` points to rows `a_step` apart: along them, A[i, k] = a[i * a_step + k];
@@ -115,7 +90,7 @@ TIMO_INLINE void long_product(const float* a, int64_t a_step, const float* b, in
     for (int i = 0; i < rows; ++i) {
       const F x = Tier::set(walk == Walk::along_rows ? a[i * a_step + k] : a[k * a_step + i]);
 #pragma GCC unroll 3
-      for (int j = 0; j < NV; ++j) acc[i][j] += x * y[j];
+      for (int j = 0; j < NV; ++j) acc[i][j] = Tier::multiply_add(acc[i][j], x, y[j]);
     }
   }
 }
@@ -135,20 +110,29 @@ TIMO_INLINE void product(const float* a, int64_t a_step, const float* b, int64_t
   }
 }
 
-// c[i * c_step + ...] += the same, summed on its own first: shorter sums lose less.
-template <Walk walk, int NV>
-TIMO_INLINE void add_product(const float* a, int64_t a_step, const float* b, int64_t b_step,
-                             int64_t K, float* c, int64_t c_step) {
-  F acc[rows][NV];
-  clear(acc);
-  product<walk, NV>(a, a_step, b, b_step, K, acc);
+enum class Into { set, add };
+
+// c[i * c_step + lanes of vector j] = or += the same for M rows i, a multiple of `rows`; K is one
+// of `depth`. Each call's sum is formed on its own first: shorter sums lose less.
+template <Walk walk, Into into, int NV, class X = Tier>
+TIMO_INLINE void multiply(const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t K,
+                          int64_t M, float* c, int64_t c_step) {
+  if constexpr (X::tiled) {
+    X::template multiply<NV>(a, a_step, b, b_step, K, M, c, c_step, into == Into::add);
+  } else {
+    for (int64_t m = 0; m < M; m += rows, c += rows * c_step) {
+      F acc[rows][NV];
+      clear(acc);
+      product<walk, NV>(a + m * (walk == Walk::along_rows ? a_step : 1), a_step, b, b_step, K, acc);
 #pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i)
+      for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 3
-    for (int j = 0; j < NV; ++j) {
-      float* to = c + i * c_step + j * lanes;
-      Tier::store(to, Tier::load(to) + acc[i][j]);
+        for (int j = 0; j < NV; ++j) {
+          float* to = c + i * c_step + j * lanes;
+          Tier::store(to, into == Into::add ? Tier::load(to) + acc[i][j] : acc[i][j]);
+        }
     }
+  }
 }
 
 // Positions of `list` from `first` on, one row pointer per lane; lanes past the end repeat the

@@ -1,7 +1,7 @@
 // The temporal part in float32, positions in lanes: products over dates for both directions, and
 // the backward, which is that of ordinary attention over dates.
 #pragma once
-#include "cpu/gyroscope_attention_kernel.h"
+#include "cpu/gyroscope_attention_pack.h"
 
 namespace timo {
 namespace {
@@ -79,11 +79,11 @@ inline void combine(const float* weight, int64_t i_step, int64_t s_step, int64_t
 // [date][channel][lanes] and [date][lanes]; q in units of energy_scale. Weights and gradients of
 // energies [query][key][lanes], once for the queries and once for the keys of a tile of dates.
 struct TemporalScratch {
-  Rows rows;
+  Rows spare;
   float *q, *k, *v, *dout, *live, *logs, *delta, *result;
   float *weight[2], *denergy[2];
 
-  TemporalScratch(const GyroscopeArgs& a, int64_t tile_dates, Carve& c) : rows(a, c) {
+  TemporalScratch(const GyroscopeArgs& a, int64_t tile_dates, Carve& c) : spare(a, c) {
     for (float** x : {&q, &k, &v, &dout}) *x = c.take<float>(a.T * a.D * lanes);
     for (float** x : {&live, &logs, &delta}) *x = c.take<float>(a.T * lanes);
     for (float** x : {&weight[0], &weight[1], &denergy[0], &denergy[1]})
@@ -124,7 +124,7 @@ void temporal_backward(const GyroscopeArgs& a, const TemporalScratch& w, int64_t
   const int64_t D = a.D, T = dates.count, count = std::min<int64_t>(lanes, positions.count - first);
   const Index* position = positions.at + first;
   const float scale = energy_scale(a);
-  const auto* zeros = reinterpret_cast<const Stored*>(w.rows.zeros);
+  const auto* zeros = reinterpret_cast<const Stored*>(w.spare.zeros);
   for (int64_t t = 0; t < T; ++t) {
     const int64_t date = dates.at[t];
     float* live = w.live + t * lanes;
@@ -151,7 +151,7 @@ void temporal_backward(const GyroscopeArgs& a, const TemporalScratch& w, int64_t
     for (int64_t i = 0; i < some; ++i) {
       Stored* row[lanes];
       point_live(x, b, dates.at[t + i], h, position, w.live + (t + i) * lanes,
-                 reinterpret_cast<Stored*>(w.rows.sink), row);
+                 reinterpret_cast<Stored*>(w.spare.sink), row);
       store_transposed(w.result + i * D * lanes, lanes, D, row);
     }
   };

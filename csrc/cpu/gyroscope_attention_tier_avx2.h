@@ -10,9 +10,13 @@ namespace {
 struct Tier {
   using F = __m256;
   typedef int32_t I __attribute__((vector_size(32)));
-  static constexpr int lanes = 8, rows = 4;
-  static constexpr bool fused = true;
+  static constexpr int lanes = 8, rows = 4, pair = 1, depth = 1;
+  static constexpr bool fused = true, tiled = false;
 
+  struct Session {};
+
+  static F zip(F x, F) { return x; }
+  static F multiply_add(F sum, F x, F y) { return sum + x * y; }
   static F set(float x) { return _mm256_set1_ps(x); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static F load(const bf16* p) {

@@ -1,15 +1,20 @@
-// Vectors of 16 floats, for gyroscope_attention_kernel.h. Included after the target pragma.
+// Vectors of 16 floats, for gyroscope_attention_kernel.h. Included after the target pragma; whoever
+// includes it defines Tier.
 #pragma once
 #include <immintrin.h>
 
 namespace timo {
 namespace {
 
-struct Tier {
+struct Avx512 {
   using F = __m512;
-  static constexpr int lanes = 16, rows = 8;
-  static constexpr bool fused = true;
+  static constexpr int lanes = 16, rows = 8, pair = 1, depth = 1;
+  static constexpr bool fused = true, tiled = false;
 
+  struct Session {};
+
+  static F zip(F x, F) { return x; }
+  static F multiply_add(F sum, F x, F y) { return sum + x * y; }
   static F set(float x) { return _mm512_set1_ps(x); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static F load(const bf16* p) {
@@ -21,16 +26,20 @@ struct Tier {
   }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static void store(bf16* p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(upper_half(x)));
+  }
+  static void store(f16* p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, 0));
+  }
+
+  // bfloat16 nearest to each float, ties to even, in the lower half of its lane; NaN stays NaN.
+  static __m512i upper_half(F x) {
     const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
     const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
     const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
     const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    const __m512i result = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(result));
-  }
-  static void store(f16* p, F x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, 0));
+    return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
   }
 
   // Minimax polynomial of degree 6 on [0, 1), exact at 0: relative error 2e-9 before rounding.

@@ -8,9 +8,13 @@ namespace {
 struct Tier {
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
-  static constexpr int lanes = 4, rows = 4;
-  static constexpr bool fused = false;
+  static constexpr int lanes = 4, rows = 4, pair = 1, depth = 1;
+  static constexpr bool fused = false, tiled = false;
 
+  struct Session {};
+
+  static F zip(F x, F) { return x; }
+  static F multiply_add(F sum, F x, F y) { return sum + x * y; }
   static F set(float x) { return F{x, x, x, x}; }
   template <class Stored>
   static F load(const Stored* p) {

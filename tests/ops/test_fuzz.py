@@ -5,17 +5,16 @@ TIMO_FUZZ=17 shape 17 alone, TIMO_FUZZ=17,33 two of them.
 """
 
 import os
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from tests.ops import fuzz, fuzz_units
+from tests.ops import fuzz, fuzz_units, tiers
 from timo.ops import dispatch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-TIERS = ("portable", "avx2", "avx512", "amx")
 CHECKS = fuzz.CHECKS | fuzz_units.CHECKS
 # Shapes, of which the suite takes every so-many-th; and multiplications of a shape.
 COUNT, EVERY, WORK = (63, 8, 50_000) if INTERPRETED else (1008, 24, 3_000_000)
@@ -52,26 +51,11 @@ def small_tiles(request, monkeypatch):
         )
 
 
-@contextmanager
-def capped(level: int | None):
-    """Compiled kernels of at most this instruction set."""
-    if level is None:
-        yield
-        return
-    dispatch.compiled().cap_isa(level)
-    try:
-        yield
-    finally:
-        dispatch.compiled().cap_isa(99)
-
-
-def choices(backend: str) -> list[tuple[str, int | None, str]]:
-    """What to run: name, instruction set to cap to, backend."""
+def choices(backend: str, op: str, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+    """What to run: backend, and of the compiled kernels the instruction set."""
     if backend == dispatch.TRITON:
-        return [("triton", None, "triton")]
-    tiers = () if dispatch.unavailable("cpp") else TIERS[: dispatch.compiled().isa_level() + 1]
-    compiled = [(name, level, "cpp") for level, name in enumerate(tiers)]
-    return [("reference", None, "reference"), *compiled]
+        return [(backend, None)]
+    return [("reference", None), *(("cpp", tier) for tier in tiers.available(op, dtype))]
 
 
 @pytest.mark.parametrize("number", numbers())
@@ -85,11 +69,13 @@ def test_parity(op, backend, number):
                 continue
             case = fuzz.random_case(number, kind, dtype, WORK)
             check = CHECKS[op](case)
-            for name, level, chosen in choices(backend):
-                with capped(level):
+            for chosen, tier in choices(backend, op, dtype):
+                with tiers.forced(tier) if tier else nullcontext():
                     try:
                         check(backend=chosen)
                     except AssertionError as error:
                         again = f"TIMO_FUZZ={number} pytest tests/ops/test_fuzz.py -k {op}"
                         again = "TRITON_INTERPRET=1 " * INTERPRETED + again
-                        raise AssertionError(f"{name}: {error}\n{case}\n{again}") from error
+                        raise AssertionError(
+                            f"{tier or chosen}: {error}\n{case}\n{again}"
+                        ) from error

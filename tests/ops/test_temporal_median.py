@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import timo
+from tests.ops import tiers
 from tests.ops.backends import cases, skip_reason
 from timo.ops import dispatch
 from timo.ops.temporal_median import FORWARD
@@ -94,20 +95,13 @@ def test_not_a_number_is_returned(backend, device, dtype):
     assert values.item() == 1.0 and indices.item() == 2
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
-def test_every_instruction_set(level):
-    compiled = dispatch.compiled()
-    if compiled is None or compiled.isa_level() < level:
-        pytest.skip(f"this CPU has no level {level}")
+@pytest.mark.parametrize("tier", tiers.OF_ALL_OPS)
+def test_every_instruction_set(tier):
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         x, valid = make((2, 9, 5, 2, 40), dtype, "position", 3)
         expected = loop(x, valid)
-        compiled.cap_isa(level)
-        try:
-            assert compiled.isa_level() == level
+        with tiers.forced(tier):
             got = timo.ops.temporal_median(x, valid, backend="cpp")
-        finally:
-            compiled.cap_isa(99)
         assert all(map(torch.equal, got, expected))
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.ops import tiers
 from tests.ops.test_gather_units import CASES, KINDS, draw_ids, loop, make, spread
 from tests.ops.test_masked_pixel_loss import check
 from tests.ops.test_masked_pixel_loss import loop as loss_loop
@@ -220,17 +221,11 @@ def test_any_number_of_threads_gives_the_same_bits():
         assert all(map(torch.equal, found[0], other))
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
-def test_every_instruction_set(level):
-    if dispatch.compiled().isa_level() < level:
-        pytest.skip(f"this CPU has no level {level}")
+@pytest.mark.parametrize("tier", tiers.OF_ALL_OPS)
+def test_every_instruction_set(tier):
     expected = results("reference")
-    dispatch.compiled().cap_isa(level)
-    try:
-        assert dispatch.compiled().isa_level() == level
+    with tiers.forced(tier):
         found = results("cpp")
-    finally:
-        dispatch.compiled().cap_isa(99)
     for x, y in zip(found, expected):
         if x.is_floating_point():
             assert_close(x, y.double())

@@ -1,0 +1,28 @@
+// Gyroscope attention, bfloat16 products with AVX512-BF16.
+#include <immintrin.h>
+
+#include "cpu/gyroscope_attention.h"
+
+// gcc 12 takes the undefined operands inside its own intrinsics for mistakes (PR 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,bmi2")
+#include "cpu/gyroscope_attention_tier_bf16.h"
+
+namespace timo {
+namespace {
+using Tier = Bf16;
+}  // namespace
+}  // namespace timo
+
+#include "cpu/gyroscope_attention_backward.h"
+#include "cpu/gyroscope_attention_forward.h"
+
+namespace timo {
+
+void gyroscope_forward_avx512_bf16(const GyroscopeArgs& a) { forward<bf16>(a); }
+void gyroscope_backward_avx512_bf16(const GyroscopeArgs& a) { backward<bf16>(a); }
+
+}  // namespace timo
+#pragma GCC pop_options
