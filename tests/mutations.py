@@ -11,6 +11,7 @@ TRITON = "tests/ops/test_gyroscope_triton.py"
 INTERPRET = "TRITON_INTERPRET=1"
 
 CPP_FUZZ = ("TIMO_FUZZ=16,32,43,64,75,96", FUZZ, "-k", "gyroscope_attention")
+CPP_PAIRS = (CPP, "-k", "test_parity and amx_emulated")
 CPP_FAR = (CPP, "-k", "(far_below or renewed) and dtype0")
 CPP_OFFSETS = ("tests/ops/test_far_offsets.py", "-k", "date")
 MEDIAN_FUZZ = ("TIMO_FUZZ=16,32,48", FUZZ, "-k", "temporal_median")
@@ -71,8 +72,8 @@ MUTANTS = [
     Mutant(
         "cpp: keys past the end are counted",
         f"{ATTENTION}_forward.h",
-        "const int64_t real = std::min<int64_t>(rows, count - m);",
-        "const int64_t real = std::min<int64_t>(rows, count - m + 1);",
+        "const int64_t real = std::min(group, count - m), made",
+        "const int64_t real = std::min(group, count - m + 1), made",
         CPP_FUZZ,
     ),
     Mutant(
@@ -113,8 +114,8 @@ MUTANTS = [
     Mutant(
         "cpp: sums in float16",
         f"{ATTENTION}_kernel.h",
-        "Tier::store(to, Tier::load(to) + acc[i][j]);",
-        "F sum = Tier::load(to) + acc[i][j];\n"
+        "Tier::store(to, into == Into::add ? Tier::load(to) + acc[i][j] : acc[i][j]);",
+        "F sum = into == Into::add ? Tier::load(to) + acc[i][j] : acc[i][j];\n"
         "      for (int l = 0; l < lanes; ++l) sum[l] = widen(narrow_to(sum[l], f16{}));\n"
         "      Tier::store(to, sum);",
         CPP_FUZZ,
@@ -143,8 +144,8 @@ MUTANTS = [
     Mutant(
         "cpp: delta is left out",
         f"{ATTENTION}_backward.h",
-        "to[D] = -share * g.delta[scalar];",
-        "to[D] = 0;",
+        "+ j] = share * g.delta[scalar];",
+        "+ j] = 0 * g.delta[scalar];",
         CPP_FUZZ,
     ),
     Mutant(
@@ -160,6 +161,34 @@ MUTANTS = [
         "clear(a.dq, t, h), clear(a.dk, t, h), clear(a.dv, t, h);",
         "clear(a.dq, t, h), clear(a.dv, t, h);",
         CPP_FUZZ,
+    ),
+    Mutant(
+        "cpp: numbers of a pair exchanged",
+        f"{ATTENTION}_pack.h",
+        "Tier::zip(load_part(row[2 * i] + d, D - d), load_part(row[2 * i + 1] + d, D - d));",
+        "Tier::zip(load_part(row[2 * i + 1] + d, D - d), load_part(row[2 * i] + d, D - d));",
+        CPP_PAIRS,
+    ),
+    Mutant(
+        "cpp: operands past the values of a panel are left as they were",
+        f"{ATTENTION}_backward.h",
+        "std::fill_n(w.vT + panels * dates.count * w.v_size, depth * width, 0.f);",
+        "",
+        CPP_PAIRS,
+    ),
+    Mutant(
+        "cpp: a lone row of tiles is left out",
+        f"{ATTENTION}_tier_amx.h",
+        "if (m < M)",
+        "if (m + 16 < M)",
+        CPP_PAIRS,
+    ),
+    Mutant(
+        "cpp: energies of pairs are not scaled",
+        f"{ATTENTION}_kernel.h",
+        "  energy *= scale;\n",
+        "",
+        (CPP, "-k", "test_scale and amx_emulated"),
     ),
     Mutant(
         "cpp: denormal numbers stay flushed",

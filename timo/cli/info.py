@@ -20,7 +20,7 @@ def info(arguments: Sequence[str]) -> int:
     for name in (dispatch.CPP, dispatch.TRITON, dispatch.CUDA):
         print(f"{name:10s} {dispatch.unavailable(name) or 'available'}")
     if compiled:
-        tiers = ("portable", "AVX2", "AVX-512", "AVX-512 and AMX bf16")
+        tiers = ("portable", "AVX2", "AVX-512", "AVX-512 and its BF16", "AVX-512 and AMX bf16")
         print(f"CPU        {tiers[compiled.isa_level()]}, {torch.get_num_threads()} threads")
     devices = [torch.device("cpu")]
     for index in range(torch.cuda.device_count()):
