@@ -15,6 +15,7 @@ from timo.data.building.tiffs import (
     check_grid,
     gdal_settings,
     header_of,
+    open_tiff,
     read_tiff,
 )
 from timo.data.contract import DataError
@@ -211,13 +212,12 @@ class RasterSource(TiffSource):
         return scenes
 
     def _headers(self, folder: str) -> Iterator[Header]:
-        rasterio = import_rasterio()
         with gdal_settings():
             for path in _images(self.root / folder):
                 try:
-                    with rasterio.open(path) as file:
+                    with open_tiff(path) as file:
                         yield header_of(file)
-                except rasterio.errors.RasterioError:
+                except import_rasterio().errors.RasterioError:
                     continue  # `load` will log it
 
     def _first_header(self) -> Header:
