@@ -153,6 +153,9 @@ class MultiEarth(PublishedSeries):
         need_files(missing, len(files) * len(needed), "band files", SOURCE, incomplete)
         return places
 
+    def _length(self, name: str) -> int:
+        return len(self._samples[name][0])
+
     def _sample(self, name: str) -> dict:
         acquisitions, label = self._samples[name]
         mask = None if label is None else _read_label(label)
