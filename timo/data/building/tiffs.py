@@ -106,10 +106,11 @@ def read_tiff(
     corner: tuple[int, int] | None,
     size: int,
     like: Header | None = None,
-) -> tuple[np.ndarray, Grid]:
+) -> tuple[np.ndarray, Grid, np.ndarray | None]:
     """Pixels (C, H, W), 0 where a band says that there is no data, and the grid of the file.
 
-    All of them, or the window of `size` pixels at the upper left `corner`.
+    Also where all bands have data, bool (H, W), or None where the file does not say. All of the
+    file, or the window of `size` pixels at the upper left `corner`.
     """
     from rasterio.enums import MaskFlags
     from rasterio.errors import RasterioError
@@ -128,10 +129,13 @@ def read_tiff(
                 raise Unfit("wrong size", f"{path}: has no {size} x {size} pixels at {corner}")
             pixels = file.read(bands, window=window)
             flags = {flag for band in file.mask_flag_enums for flag in band}
-            zero = flags == {MaskFlags.nodata} and file.nodata == 0 and len(bands) == 1
-            if flags != {MaskFlags.all_valid} and not zero:
-                pixels[:, (file.read_masks(bands, window=window) == 0).any(0)] = 0
-            return pixels, Grid(*_georeference(path), *file.shape)
+            held = None
+            if flags == {MaskFlags.nodata} and file.nodata == 0 and len(bands) == 1:
+                held = pixels[0] != 0
+            elif flags != {MaskFlags.all_valid}:
+                held = (file.read_masks(bands, window=window) != 0).all(0)
+                pixels[:, ~held] = 0
+            return pixels, Grid(*_georeference(path), *file.shape), held
     except RasterioError as error:
         missing = not path.exists()
         reason = "missing file" if missing else "unreadable"
