@@ -1,4 +1,4 @@
-"""Figures of docs/data.md: a sample of each published data set, from simulated pixels.
+"""Figures of docs/data.md: a sample of each data set, from simulated pixels.
 
 Run in the root of the repository: `PYTHONPATH=. python docs/figures.py [name ...]`. The files are
 laid out as the data set's are, filled with simulated pixels, and read by the reader; those of
@@ -16,7 +16,8 @@ import rasterio
 from PIL import Image
 
 from tests.data.fixtures import kuro_siwo, mtlcc, multisenge, pastis, sen12_flood
-from timo.data import IGNORE_INDEX, SimulatedSeries
+from timo.data import IGNORE_INDEX, SimulatedSeries, StoreSeries
+from timo.data.building import SeriesSource, build_store
 from timo.data.page import figure
 from timo.data.readers import MTLCC, KuroSiwo, MultiEarth, MultiSenGE, Pastis, Sen12Flood
 
@@ -126,7 +127,21 @@ def draw_mtlcc(root: Path) -> list[tuple[str, np.ndarray]]:
     return [*frames, ("mask", colored(sample["mask"]))]
 
 
+def draw_corpus(root: Path) -> list[tuple[str, np.ndarray]]:
+    scenes = SimulatedSeries(
+        1, seed=4, dates=40, bands=RGB, size=264, target=None, output="DN", cloud_fraction=0.3
+    )
+    build_store(SeriesSource(scenes), root / "store")
+    store = StoreSeries(root / "store")
+    sample, (row,) = store[0], store.table.to_pylist()
+    return [
+        (f"{day}: {cloud:.0%} cloud", stretched(frame * 1e-4, 0, 0.2))
+        for day, frame, cloud in zip(days(sample), sample["image"].numpy(), row["cloud"])
+    ]
+
+
 FIGURES: dict[str, Callable[[Path], list[tuple[str, np.ndarray]]]] = {
+    "corpus": draw_corpus,
     "kuro_siwo": draw_kuro_siwo,
     "mtlcc": draw_mtlcc,
     "multiearth": draw_multiearth,
@@ -186,7 +201,9 @@ def main(names: Sequence[str]) -> None:
     for name in names or FIGURES:
         with tempfile.TemporaryDirectory() as root:
             panels = FIGURES[name](Path(root))
-        drawn, axes = figure(1, len(panels), 2.2 * len(panels), 2.5)
+        rows = -(-len(panels) // 6)
+        columns = -(-len(panels) // rows)
+        drawn, axes = figure(rows, columns, 2.2 * columns, 2.5 * rows)
         for axis, (title, image) in zip(axes, panels):
             axis.imshow(image, interpolation="nearest")
             axis.set_title(title, fontsize=9)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import torch
 
 from tests.data.corpora import DATES, scene, write_published_layout, write_seco
 from tests.data.writers import TRANSFORM, Affine, frames, write_rasters, write_tif
@@ -152,6 +153,27 @@ def test_raster_folders_windows_and_validity(tmp_path):
     row = store.table.to_pylist()[3]
     assert row["cloud"] == pytest.approx([24 / 576, 0, 0])
     assert np.array_equal(store[4]["image"].numpy(), pixels[:, :, :24, :24] + 1)
+
+
+def test_dark_pixels_with_data(tmp_path):
+    """0 in every band is data where another value is nodata, and no data where nothing is said."""
+    pixels = frames(3, bands=2, height=24, width=24)
+    pixels[:, :, :2] = 0  # dark
+    pixels[:, 0, 2:4] = 999  # no data
+    pixels[0, 1, 4] = 0  # dark in one band only
+    for name, image, nodata in zip(("2019", "2020", "2021"), pixels, (999, 999, None)):
+        write_tif(tmp_path / "r" / "a" / f"{name}.tif", image, nodata=nodata)
+    build_store(RasterSource(tmp_path / "r", 24, None), tmp_path / "store", dates=3)
+    sample = StoreSeries(tmp_path / "store")[0]
+    valid = torch.ones(3, 24, 24, dtype=torch.bool)
+    valid[:2, 2:4] = False
+    valid[2, :2] = False
+    assert torch.equal(sample["valid"], valid)
+    expected = pixels.copy()
+    expected[:2, :, :2], expected[:2, :, 2:4] = 1, 0
+    assert np.array_equal(sample["image"].numpy(), expected)
+    series = RasterSeries(tmp_path / "r")[0]
+    assert torch.equal(series["valid"][:2], valid[:2])
 
 
 def test_a_single_series_of_rasters(tmp_path):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tests.data.corpora import scene, write_published_layout
 from timo.data import (
     DataError,
+    LocationLoader,
     StoreSeries,
     TransformedSeries,
     collate_series,
@@ -249,6 +250,21 @@ def test_unfinished_and_incomplete_stores(store_path, tmp_path):
     (copy / "shards/00002.npy").unlink()
     with pytest.raises(DataError, match="1 of 7 files are missing.*shards/00002.npy"):
         StoreSeries(copy)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_goes_while_the_store_is_open(store_path, tmp_path, workers):
+    copy = shutil.copytree(store_path, tmp_path / "copy")
+    store = StoreSeries(copy)
+    store[0]
+    (copy / "shards/00001.npy").unlink()
+    (copy / "shards/00002.npy").write_bytes(b"")
+    lost = int((store.table["shard"].to_numpy() == 1).argmax())
+    with pytest.raises(DataError, match="shards/00001.npy: cannot be read.*fetch the store again"):
+        list(LocationLoader(store, 1, [0, lost], workers))
+    with pytest.raises(DataError, match="shards/00002.npy: cannot be read"):
+        store[int((store.table["shard"].to_numpy() == 2).argmax())]
+    assert torch.equal(store[0]["image"], StoreSeries(store_path)[0]["image"])
 
 
 def test_manifest_may_not_name_files_outside(store_path, tmp_path):

@@ -1,5 +1,8 @@
 """Tasks and data modules below the commands."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,7 @@ from timo.data import (
 )  # fmt: skip
 from timo.data.building import SeriesSource, build_store
 from timo.data.transforms import sample_generator
+from timo.models.masking import least_usable, usable_units
 from timo.tasks import PretrainingTask, SegmentationTask, SeriesData
 from timo.tasks.data import SeededShuffle, compact_valid
 from timo.tasks.prediction import change_codes, predict_strips
@@ -288,3 +292,24 @@ def test_augmented_batches(tmp_path):
     bare.units = "DN"
     with pytest.raises(ValueError, match="clouds: how bright one is"):
         SeriesData(bare, clouds=0.5)
+
+
+def test_turning_changes_what_units_are_usable_where_they_do_not_fill_the_frame(tmp_path):
+    """Data in columns 28 ... 35 of 40 lie in two columns of units, mirrored in one."""
+    root = write_published_layout(tmp_path / "in", locations=4, size=40)
+    for path in root.glob("*.npy"):
+        pixels = np.load(path)
+        pixels[..., :28], pixels[..., 36:] = 0, 0
+        np.save(path, pixels)
+    data = SeriesData(open_series(root), batch_size=1)
+    data.trainer = SimpleNamespace(training=True)
+    counted = set()
+    for epoch in range(8):
+        (loader := data.train_dataloader()), data.set_epoch(epoch)
+        for batch in loader:
+            batch = data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)
+            usable = usable_units(batch["image"], batch["valid"])
+            assert torch.equal(batch["valid"], (batch["image"] != 0).any(2))
+            assert batch["units"] == least_usable(batch["image"], usable)
+            counted.add(batch["units"])
+    assert counted == {20, 40}

@@ -133,8 +133,11 @@ class StoreSeries(LocationSeries):
         path = self.path / shard_name(number)
         shape = (self.manifest["shards"][number], *self.shape)
         header = shard_header(shape, self.dtype)
-        with open(path, "rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            with open(path, "rb") as file:
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # an empty file cannot be mapped: ValueError
+            raise DataError(f"{path}: cannot be read ({error}); {_REMEDY}") from None
         if len(content) != shard_bytes(shape, self.dtype) or content[: len(header)] != header:
             raise DataError(f"{path}: does not hold {self.dtype} {shape}; {_REMEDY}")
         shard = np.frombuffer(content, self.dtype, offset=len(header)).reshape(shape)

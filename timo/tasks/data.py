@@ -19,6 +19,7 @@ from timo.data import (
 from timo.data.augmentation import BandDropout, RandomClouds, RandomResizedCrop
 from timo.data.locations import LocationSeries
 from timo.data.transforms import sample_generator
+from timo.models.inputs import UNIT
 from timo.models.masking import least_usable, usable_units
 
 
@@ -114,14 +115,23 @@ class SeriesData(LightningDataModule):
                 "windows out with min_valid="
             )
         valid = compact_valid(batch["valid"])
-        # Counted here, for on the device it would have to be waited for.
-        units = least_usable(batch["image"], usable_units(batch["image"], valid))
-        batch = batch | {"valid": valid, "units": units}
+        batch = batch | {"valid": valid}
         if self._batched:  # draws are made on the host, which must not wait for the device
             batch["seeds"] = batch["key"].tolist()
+        # Counted here, for on the device it would have to be waited for.
+        image = batch["image"]
+        if valid is not None and any(side % UNIT for side in image.shape[3:]):
+            # Units begin at the upper left: where they do not fill a frame, turning it moves
+            # pixels from one to another.
+            valid = self._turned(batch | {"image": image[:, :1, :1]})["valid"]
+        batch["units"] = least_usable(image, usable_units(image, valid))
         return batch
 
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
+        return self._turned(batch)
+
+    def _turned(self, batch: dict) -> dict:
+        """The batch flipped and turned, where that is done for whole batches."""
         if self._batched and self.trainer.training:
             generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
             for transform in self._batched:

@@ -66,9 +66,15 @@ def same_samples(first, second) -> None:
             assert torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key], key
 
 
+def same_lengths(dataset) -> None:
+    """Assert that the data set knows the number of dates of every sample."""
+    assert dataset.lengths() == [len(dataset[i]["dates"]) for i in range(len(dataset))]
+
+
 def same_with_workers(dataset) -> None:
     """Assert that 0, 1 and 4 workers give the same samples in the same order."""
     plain = [dataset[i] for i in range(len(dataset))]
+    same_lengths(dataset)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         for workers in (0, 1, 4):

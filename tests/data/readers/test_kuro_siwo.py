@@ -15,6 +15,7 @@ from tests.data.readers.checks import (
     damages,
     fuzz,
     read_damaged,
+    same_lengths,
     same_samples,
     same_with_workers,
     shuffle_listings,
@@ -144,7 +145,9 @@ def test_a_grid_with_one_earlier_pass_has_two_dates(copy):
         KuroSiwo(root, labelled=False, activations=(130,))
     info = json.loads((folder / "info.json").read_text())
     (folder / "info.json").write_text(json.dumps(info | {"slavecov": 1}))
-    assert KuroSiwo(root, labelled=False, activations=(130,))[0]["image"].shape[0] == 2
+    dataset = KuroSiwo(root, labelled=False, activations=(130,))
+    assert dataset[0]["image"].shape[0] == 2
+    same_lengths(dataset)
 
 
 def test_backscatter_is_clamped_not_stretched(copy):

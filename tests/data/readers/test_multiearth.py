@@ -203,8 +203,56 @@ def test_real_netcdf_is_the_tiff(data_root, tmp_path):
     assert netcdf.names == tiff.names
     for index in range(len(tiff)):
         assert torch.equal(netcdf[index]["mask"], tiff[index]["mask"])
-    with pytest.raises(DataError, match="NetCDF files of images are not read"):
+    with pytest.raises(DataError, match="holds no Landsat5.*no NetCDF file of Landsat5"):
         MultiEarth(tmp_path, "all", sensor="Landsat5")
+
+
+@pytest.mark.parametrize(
+    "folder, sensor, options",
+    [
+        ("sent2", "Sentinel2", {}),
+        ("sent2", "Sentinel2", {"select": ["B04", "B01"], "clouds": False, "labels": False}),
+        ("sent1", "Sentinel1", {}),
+        ("landsat8", "Landsat8", {"months": None}),
+    ],
+)
+def test_images_in_netcdf_are_the_tiffs(tmp_path, folder, sensor, options):
+    truth = multiearth.write(tmp_path / "tiff", size=64, mask_dates=("2021_05_01",))
+    multiearth.write_netcdf(tmp_path / "nc" / "images.nc", truth, folder)
+    shutil.copytree(tmp_path / "tiff" / "deforestation", tmp_path / "nc" / "deforestation")
+    options = {"months": None} | options
+    tiff = MultiEarth(tmp_path / "tiff", "all", sensor=sensor, **options)
+    netcdf = MultiEarth(tmp_path / "nc", "all", sensor=sensor, **options)
+    assert len(tiff) == 4 and netcdf.names == tiff.names and netcdf.bands == tiff.bands
+    for index in range(len(tiff)):
+        a, b = tiff[index], netcdf[index]
+        assert a.keys() == b.keys() and a["image"].float().std() > 0
+        for key in a:
+            assert torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key]
+    both = shutil.copytree(tmp_path / "tiff", tmp_path / "nc" / "tiff")  # the TIFFs are read
+    shutil.rmtree(both / "deforestation")
+    assert len(MultiEarth(tmp_path / "nc", "all", sensor=sensor, **options)) == 4
+    shutil.copy(tmp_path / "nc" / "images.nc", tmp_path / "nc" / "again.nc")
+    with pytest.raises(DataError, match="again.nc and .*images.nc hold the same acquisition"):
+        MultiEarth(tmp_path / "nc", "all", sensor=sensor)
+
+
+@pytest.mark.parametrize("keep", [0.01, 0.3, 0.9, 0.99])
+def test_images_in_a_netcdf_cut_short(tmp_path, keep):
+    truth = multiearth.write(tmp_path / "tiff", size=16, locations=PLACE)
+    path = multiearth.write_netcdf(tmp_path / "nc" / "images.nc", truth, "sent2")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(DataError, match="images.nc.* cannot be read as a raster"):
+        MultiEarth(tmp_path / "nc", "all", labels=False)[0]
+
+
+def test_a_netcdf_of_another_type(tmp_path, monkeypatch):
+    truth = multiearth.write(tmp_path / "tiff", size=16, locations=PLACE)
+    monkeypatch.setitem(multiearth.SOURCES, "sent1", "Sentinel-2")
+    multiearth.write_netcdf(tmp_path / "nc" / "images.nc", truth, "sent1")
+    with pytest.raises(DataError, match="images.nc: images are float32; they must be uint16"):
+        MultiEarth(tmp_path / "nc", "all", labels=False, clouds=False)[0]
 
 
 @pytest.mark.parametrize("keep", [0, 100, 9000, 30000])

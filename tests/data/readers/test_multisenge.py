@@ -6,6 +6,7 @@ import rasterio
 import torch
 
 from tests.data.fixtures import multisenge
+from tests.data.readers.checks import same_lengths
 from tests.data.writers import write_tif
 from timo.data import DataError
 from timo.data.readers import MultiSenGE
@@ -56,6 +57,7 @@ def test_published_draws_with_replacement_but_in_order(tmp_path):
             assert torch.equal(frame, whole["image"][at])
         repeated += len(set(sample["dates"].tolist())) < 3
     assert repeated > 0
+    same_lengths(drawn)
     with pytest.raises(ValueError, match="protocol: must be one of sound, published"):
         MultiSenGE(tmp_path, protocol="paper")
 

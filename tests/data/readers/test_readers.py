@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.data.fixtures import mtlcc, multiearth, multisenge
+from tests.data.readers.checks import same_lengths
 from tests.data.readers.damage import assert_survives
 from timo.data import READERS, DataError, check_dataset, open_dataset, validate_sample
 from timo.data.readers.common import inside, map_labels, read_json, read_raster, split_hash
@@ -48,6 +49,7 @@ def test_samples_keep_the_contract(copy):
         validate_sample(sample, dataset.bands)
         assert sample["name"] == dataset.names[index]
         assert set(sample["mask"].unique().tolist()) <= {*range(len(dataset.classes)), 255}
+    same_lengths(dataset)
 
 
 def test_splits_are_disjoint_and_hashed(copy):

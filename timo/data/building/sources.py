@@ -15,6 +15,7 @@ from timo.data.building.tiffs import (
     check_grid,
     gdal_settings,
     header_of,
+    open_tiff,
     read_tiff,
 )
 from timo.data.contract import DataError
@@ -102,15 +103,15 @@ class TiffSource(Source):
         read = [
             read_tiff(path, bands, window, self.size, files.like) for path, bands in files.images
         ]
-        for plane, _ in read:
+        for plane, _, _ in read:
             if plane.dtype.name != self.content.dtype:
                 detail = f"{files.named}: {plane.dtype}, not {self.content.dtype}"
                 raise Unfit("wrong type", detail)
         finest = max(range(len(read)), key=lambda i: read[i][0].shape[1])
         _, height, width = read[finest][0].shape
-        planes = [_repeated(plane, height, width, files) for plane, _ in read]
+        planes = [_repeated(plane, height, width, files) for plane, _, _ in read]
         grid = read[finest][1]
-        for (path, _), (_, other) in zip(files.images, read):
+        for (path, _), (_, other, _) in zip(files.images, read):
             check_grid(path, other, grid)
         row, col = (height - self.size) // 2, (width - self.size) // 2
         if row < 0 or col < 0:
@@ -118,9 +119,13 @@ class TiffSource(Source):
             raise Unfit("wrong size", f"{files.named}: {height} x {width} pixels, {need}")
         box = np.s_[:, row : row + self.size, col : col + self.size]
         pixels = planes[0] if len(planes) == 1 else np.concatenate(planes)
+        if all(held is not None for _, _, held in read):
+            held = [_repeated(held[None], height, width, files)[0] for _, _, held in read]
+            # 0 in every band is no data in the store, here it is dark ground.
+            pixels[:, np.all(held, axis=0) & ~pixels.any(0)] = 1
         cloudy = None
         if files.valid is not None:
-            usable, other = read_tiff(files.valid, [1], window, self.size)
+            usable, other, _ = read_tiff(files.valid, [1], window, self.size)
             if window and (other.height, other.width) != (grid.height, grid.width):
                 raise Unfit("wrong size", f"{files.valid}: is not of the size of {files.named}")
             check_grid(files.valid, other, grid)
@@ -211,13 +216,12 @@ class RasterSource(TiffSource):
         return scenes
 
     def _headers(self, folder: str) -> Iterator[Header]:
-        rasterio = import_rasterio()
         with gdal_settings():
             for path in _images(self.root / folder):
                 try:
-                    with rasterio.open(path) as file:
+                    with open_tiff(path) as file:
                         yield header_of(file)
-                except rasterio.errors.RasterioError:
+                except import_rasterio().errors.RasterioError:
                     continue  # `load` will log it
 
     def _first_header(self) -> Header:

@@ -4,11 +4,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from timo.data.building.geotags import geo_tags
 from timo.data.windows import import_rasterio
 
 # Looking for side files would list the folder of every raster.
@@ -104,17 +106,18 @@ def read_tiff(
     corner: tuple[int, int] | None,
     size: int,
     like: Header | None = None,
-) -> tuple[np.ndarray, Grid]:
+) -> tuple[np.ndarray, Grid, np.ndarray | None]:
     """Pixels (C, H, W), 0 where a band says that there is no data, and the grid of the file.
 
-    All of them, or the window of `size` pixels at the upper left `corner`.
+    Also where all bands have data, bool (H, W), or None where the file does not say. All of the
+    file, or the window of `size` pixels at the upper left `corner`.
     """
-    rasterio = import_rasterio()
     from rasterio.enums import MaskFlags
+    from rasterio.errors import RasterioError
     from rasterio.windows import Window
 
     try:
-        with rasterio.open(path) as file:
+        with open_tiff(path) as file:
             if file.count != len(bands):
                 raise Unfit(
                     "wrong bands", f"{path}: holds {file.count} bands, {len(bands)} are needed"
@@ -126,19 +129,52 @@ def read_tiff(
                 raise Unfit("wrong size", f"{path}: has no {size} x {size} pixels at {corner}")
             pixels = file.read(bands, window=window)
             flags = {flag for band in file.mask_flag_enums for flag in band}
-            zero = flags == {MaskFlags.nodata} and file.nodata == 0 and len(bands) == 1
-            if flags != {MaskFlags.all_valid} and not zero:
-                pixels[:, (file.read_masks(bands, window=window) == 0).any(0)] = 0
-            return pixels, Grid(_crs_text(file), tuple(file.transform)[:6], *file.shape)
-    except rasterio.errors.RasterioError as error:
+            held = None
+            if flags == {MaskFlags.nodata} and file.nodata == 0 and len(bands) == 1:
+                held = pixels[0] != 0
+            elif flags != {MaskFlags.all_valid}:
+                held = (file.read_masks(bands, window=window) != 0).all(0)
+                pixels[:, ~held] = 0
+            return pixels, Grid(*_georeference(path), *file.shape), held
+    except RasterioError as error:
         missing = not path.exists()
         reason = "missing file" if missing else "unreadable"
         raise Unfit(reason, f"{path}: {error.__cause__ or error}") from None
 
 
-def _crs_text(file) -> str:
+def open_tiff(path: Path, **options: str):
+    """A GeoTIFF, open, without its georeference.
+
+    GDAL takes longer to make a CRS of its keys than to read the pixels of a scene, and
+    `rasterio.open` to look for credentials.
+    """
+    return import_rasterio().DatasetReader(
+        str(path), driver="GTiff", **({"GEOREF_SOURCES": "NONE"} | options)
+    )
+
+
+_KNOWN: dict[bytes, tuple[str, tuple[float, ...]]] = {}
+
+
+def _georeference(path: Path) -> tuple[str, tuple[float, ...]]:
+    """CRS as text and transform, decoded once for all files of the same tags."""
+    tags = geo_tags(path)
+    if tags is None or tags not in _KNOWN:
+        with open_tiff(path, GEOREF_SOURCES="INTERNAL") as file:
+            found = _crs_text(file.crs), tuple(file.transform)[:6]
+        if tags is None:
+            return found
+        if len(_KNOWN) >= 1024:
+            _KNOWN.clear()
+        _KNOWN[tags] = found
+    return _KNOWN[tags]
+
+
+@lru_cache(maxsize=1024)
+def _crs_text(crs) -> str:
+    """The CRS as text, "" for none; finding its EPSG code can take tens of milliseconds."""
     try:
-        return file.crs.to_string() if file.crs else ""
+        return crs.to_string() if crs else ""
     except import_rasterio().errors.CRSError:
         return ""
 

@@ -31,7 +31,7 @@ class PublishedSeries(SeriesDataset):
         classes: names of the classes in the order of their labels.
         bands, units, scale, offset: as in SeriesDataset.
 
-    Subclasses read a sample in `_sample(name)`.
+    Subclasses read a sample in `_sample(name)`, and count its dates in `_length(name)`.
     """
 
     def __init__(
@@ -50,7 +50,14 @@ class PublishedSeries(SeriesDataset):
     def __getitem__(self, index: int) -> dict:
         return self._sample(self.names[index]) | {"name": self.names[index]}
 
+    def lengths(self) -> list[int]:
+        """Number of dates of every sample, without reading it."""
+        return [self._length(name) for name in self.names]
+
     def _sample(self, name: str) -> dict:
+        raise NotImplementedError
+
+    def _length(self, name: str) -> int:
         raise NotImplementedError
 
 

@@ -93,16 +93,17 @@ class KuroSiwo(PublishedSeries):
         lacking = [folder for folder in wanted if not folder.is_dir()]
         need_files(lacking, len(wanted), f"activations of split {split!r}", SOURCE, incomplete)
         grids = [grid for act in wanted if act not in lacking for grid in _grids(act, labelled)]
-        names, lacking, total = [], [], 0
+        self._passes, lacking, total = {}, [], 0
         for grid in with_progress(grids, "grids"):
             needed = self._needed(grid)
             missing = [path for path in needed if not path.is_file()]
             lacking, total = lacking + missing, total + len(needed)
             if not missing:
-                names.append(grid.relative_to(root).as_posix())
+                passes = (len(needed) - 1 - labelled) // len(_BANDS)
+                self._passes[grid.relative_to(root).as_posix()] = passes
         need_files(lacking, total, "files of the grids", SOURCE, incomplete)
         super().__init__(
-            root, split, names, CLASSES,
+            root, split, self._passes, CLASSES,
             bands=tuple(_BANDS), units="linear" if protocol == "sound" else "share of the range",
         )  # fmt: skip
 
@@ -121,6 +122,9 @@ class KuroSiwo(PublishedSeries):
         if ("SL2", "IVV") not in files and ("SL2", "IVH") not in files and _one_pass(folder):
             keys = keys[len(_BANDS) :]
         return [files.get(key, folder / "{}_{}_*.tif".format(*key)) for key in keys]
+
+    def _length(self, name: str) -> int:
+        return self._passes[name]
 
     def _sample(self, name: str) -> dict:
         folder = self.root / name

@@ -94,6 +94,9 @@ class MTLCC(PublishedSeries):
             root, split, self._tiles, classes, bands=names, units="reflectance", scale=1e-4
         )
 
+    def _length(self, name: str) -> int:
+        return len(self._tiles[name][1])
+
     def _sample(self, name: str) -> dict:
         frames, days, mask = self._tiles[name]
         labels, _, (crs, place) = read_raster(mask, None, _LABEL_TYPES)

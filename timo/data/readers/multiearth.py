@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from timo.data.readers.common import (
     need_folder,
     read_raster,
 )
-from timo.data.readers.multiearth_netcdf import netcdf_labels, read_netcdf_label
+from timo.data.readers.multiearth_netcdf import netcdf_layers, read_netcdf
 
 SOURCE = "https://sites.google.com/view/rainforest-challenge"
 CLASSES = ("intact", "deforested")
@@ -67,9 +68,10 @@ class MultiEarth(PublishedSeries):
 
     Layout: one TIFF for each band and date, anywhere below `root`, named
     `<Sensor>_<band>_<lon>_<lat>_<YYYY_MM_DD>.tiff`, without georeference; labels 0/1 named
-    `Deforestation_<lon>_<lat>_<YYYY_MM_DD>.tiff`, or NetCDF files (`*.nc`) of them. Sentinel-2 is
-    uint16, reflectance = DN / 10000, its bands B1 ... B9 are called B01 ... B09 here; Sentinel-1
-    is float32 in dB; Landsat is Collection 2 Level 2.
+    `Deforestation_<lon>_<lat>_<YYYY_MM_DD>.tiff`; or NetCDF files (`*.nc`) of images and of labels;
+    where both hold the same, the TIFF is read. Sentinel-2 is uint16, reflectance = DN / 10000, its
+    bands B1 ... B9 are called B01 ... B09 here; Sentinel-1 is float32 in dB; Landsat is Collection
+    2 Level 2.
 
     A sample `<lon>_<lat>_<YYYY_MM_DD>` is one label with the acquisitions of its place in the
     `months` up to and including the label's month. A pixel is invalid where QA60 or QA_PIXEL says
@@ -121,9 +123,8 @@ class MultiEarth(PublishedSeries):
         held = sorted({band for bands in files.values() for band in bands} - _FLAGS)
         if not held:
             raise DataError(
-                f"{root}: holds no {sensor}_<band>_<lon>_<lat>_<date>.tiff; NetCDF files of images "
-                f"are not read (their band names are text, which GDAL does not give out): get the "
-                f"TIFF files from {SOURCE}"
+                f"{root}: holds no {sensor}_<band>_<lon>_<lat>_<date>.tiff and no NetCDF file of "
+                f"{sensor}; get them from {SOURCE}"
             )
         bands = [held[i] for i in select_bands(held, select)]
         places = self._acquisitions(files, bands, incomplete)
@@ -139,31 +140,31 @@ class MultiEarth(PublishedSeries):
         )  # fmt: skip
 
     def _acquisitions(self, files: dict, bands: list[str], incomplete: str) -> dict:
-        """{(lon, lat): {day: paths of bands, then quality}}, complete ones only."""
+        """{(lon, lat): {day: layers of bands, then quality}}, complete ones only."""
         needed = [*bands, *([self._quality] if self._quality else [])]
         places, missing = defaultdict(dict), []
-        for (lon, lat, day), paths in sorted(files.items()):
-            lacking = [band for band in needed if band not in paths]
+        for (lon, lat, day), layers in sorted(files.items()):
+            lacking = [band for band in needed if band not in layers]
             if lacking:
                 stamp = str(np.datetime64(day, "D")).replace("-", "_")
                 missing += [f"{band} of {lon}_{lat}_{stamp}" for band in lacking]
             else:
-                places[lon, lat][day] = [paths[band] for band in needed]
+                places[lon, lat][day] = [layers[band] for band in needed]
         need_files(missing, len(files) * len(needed), "band files", SOURCE, incomplete)
         return places
+
+    def _length(self, name: str) -> int:
+        return len(self._samples[name][0])
 
     def _sample(self, name: str) -> dict:
         acquisitions, label = self._samples[name]
         mask = None if label is None else _read_label(label)
         size = None if self.sensor.quality == "QA_PIXEL" or mask is None else mask.shape
         images, usable = [], []
-        for day, paths in acquisitions.items():
-            pixels = []
-            for path in paths:
-                band, _, _ = read_raster(path, 1, self.sensor.dtype, size)
-                size = band.shape[1:]
-                pixels.append(band[0])
-            image, valid = self._judge(np.stack(pixels), day)
+        for day, layers in acquisitions.items():
+            pixels = _read(layers, self.sensor.dtype, size)
+            size = pixels.shape[1:]
+            image, valid = self._judge(pixels, day)
             images.append(image)
             usable.append(valid)
         image, valid = np.stack(images), np.stack(usable)
@@ -217,16 +218,24 @@ def _cell_split(column: int, row: int) -> str:
 
 
 def _scan(root: Path, sensor: str) -> tuple[dict, dict]:
-    """{(lon, lat, day): {band: path}} of `sensor`, and {(lon, lat, month): label} of all labels.
+    """{(lon, lat, day): {band: layer}} of `sensor`, and {(lon, lat, month): layer} of all labels.
 
-    A label is a path, or (path of a NetCDF file, number of its band).
+    A layer is the path of a TIFF, or (path of a NetCDF file, number of its layer).
     """
     files, masks = defaultdict(dict), {}
     for path in with_progress(sorted(root.rglob("*")), "names of files"):
         if path.suffix == ".nc":
-            found = netcdf_labels(path)
-            for key, number in found.items():
-                masks.setdefault(key, (path, number))
+            source, found = netcdf_layers(path, (sensor, "Deforestation"))
+            for (lon, lat, day, band), number in found.items():
+                if source == "Deforestation":
+                    key, there = (lon, lat, day), masks
+                else:
+                    key, there = _band_name(band), files[lon, lat, day]
+                if isinstance(there.get(key), tuple):
+                    raise DataError(
+                        f"{there[key][0]} and {path} hold the same acquisition; keep one"
+                    )
+                there.setdefault(key, (path, number))
             continue
         match = _FILE.fullmatch(path.name)
         if not match or match[1] not in (sensor, "Deforestation"):
@@ -239,12 +248,15 @@ def _scan(root: Path, sensor: str) -> tuple[dict, dict]:
         if kind == "Deforestation":
             key, there = (lon, lat, day), masks
         else:
-            band = re.sub(r"^B(\d)$", r"B0\1", band or "")
-            key, there = band, files[lon, lat, day]
+            key, there = _band_name(band or ""), files[lon, lat, day]
         if isinstance(there.get(key), Path):
             raise DataError(f"{there[key]} and {path} are the same acquisition; keep one")
         there[key] = path
     return files, masks
+
+
+def _band_name(held: str) -> str:
+    return re.sub(r"^B(\d)$", r"B0\1", held)
 
 
 def _labelled(places: dict, masks: dict, months: int | None) -> dict:
@@ -271,10 +283,24 @@ def _first_day(month: np.datetime64) -> int:
     return int(month.astype("datetime64[D]").astype(np.int64))
 
 
+def _read(layers: list, dtype: str, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Pixels (len(layers), H, W); of layers that one NetCDF file holds all at once."""
+    pixels = []
+    for path, some in groupby(layers, key=lambda at: at if isinstance(at, Path) else at[0]):
+        some = list(some)
+        if some[0] is path:
+            pixels += [read_raster(path, 1, dtype, size)[0][0] for _ in some]
+        else:
+            pixels += list(read_netcdf(path, [number for _, number in some], dtype))
+        size = size or pixels[0].shape
+        if pixels[-1].shape != tuple(size):
+            raise DataError(f"{path}: holds {pixels[-1].shape} pixels; others of its place {size}")
+    return np.stack(pixels)
+
+
 def _read_label(label: Path | tuple[Path, int]) -> torch.Tensor:
     path = label if isinstance(label, Path) else label[0]
-    pixels = read_raster(path, 1, "uint8")[0][0] if path is label else read_netcdf_label(*label)
-    return map_labels(pixels, {0: 0, 1: 1}, path)
+    return map_labels(_read([label], "uint8")[0], {0: 0, 1: 1}, path)
 
 
 def _to_size(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:

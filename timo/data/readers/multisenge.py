@@ -99,6 +99,9 @@ class MultiSenGE(PublishedSeries):
             bands=[BANDS[i] for i in self._positions], units="reflectance", scale=1e-4,
         )  # fmt: skip
 
+    def _length(self, name: str) -> int:
+        return PUBLISHED_FRAMES if self.protocol == "published" else len(self._patches[name].days)
+
     def _sample(self, name: str) -> dict:
         patch = self._patches[name]
         labels, _, grid = read_raster(patch.mask, 1, "uint8")

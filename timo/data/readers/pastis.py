@@ -125,6 +125,9 @@ class Pastis(PublishedSeries):
         mean, deviation = norm[:, self._positions].float()
         return mean * self.scale + self.offset, deviation * self.scale.abs()
 
+    def _length(self, name: str) -> int:
+        return len(self._dates[name])
+
     def _sample(self, name: str) -> dict:
         path = self.root / f"DATA_{self.sensor}" / f"{self.sensor}_{name}.npy"
         frames = load_array(path)

@@ -120,6 +120,9 @@ class Sen12Flood(PublishedSeries):
     def _of(self, image: _Image) -> list[Path]:
         return [image.prefix.with_name(image.prefix.name + suffix) for suffix in self._suffixes]
 
+    def _length(self, name: str) -> int:
+        return len(self._images[name])
+
     def _sample(self, name: str) -> dict:
         images, valids, grid, size = [], [], None, None
         for one in self._images[name]:
