@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timo import ops
+from timo.layers.linear import Linear
 from timo.layers.norm import MaskedBatchNorm
 from timo.ops import dispatch
 from timo.ops.checks import check_tensor, check_valid
@@ -32,9 +33,9 @@ class JointAttention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"dim is {dim}; it must be a multiple of num_heads = {num_heads}")
         self.dim, self.num_heads = dim, num_heads
-        self.q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim, bias=qkv_bias)
+        self.kv = Linear(dim, 2 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}"

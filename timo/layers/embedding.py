@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timo.layers.linear import linear
 from timo.layers.norm import MaskedBatchNorm
 
 # Tokens of a map up to which a product with copied windows is faster than a convolution: in units
@@ -39,7 +40,7 @@ class Stem(nn.Module):
         # Windows of the second convolution do not overlap: it is a product with 2×2 pixels.
         x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # [D, 4D]
-        return self.norm(F.linear(x, weight, self.proj.bias))
+        return self.norm(linear(x, weight, self.proj.bias))
 
 
 class PatchMerging(nn.Module):
@@ -58,7 +59,7 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] * x.shape[2] <= SMALL:
             x = F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(1, 3, 2).unfold(2, 3, 2)
-            x = F.linear(x.flatten(3), self.proj.weight.flatten(1), self.proj.bias)
+            x = linear(x.flatten(3), self.proj.weight.flatten(1), self.proj.bias)
         else:
             x = self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels last in memory
         return self.norm(x)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from timo import ops
-from timo.layers import Block
+from timo.layers import Block, Linear
 from timo.layers.position import grid_code, unit_code
 from timo.layers.validity import per_map, pool_valid
 from timo.models.encoder import Encoder
@@ -45,11 +45,11 @@ class Decoder(nn.Module):
 
     def __init__(self, in_dim: int, dim: int, num_heads: int, depth: int, out_dim: int):
         super().__init__()
-        self.embed = nn.Linear(in_dim, dim)
+        self.embed = Linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.pred = nn.Linear(dim, out_dim)
+        self.pred = Linear(dim, out_dim)
         self.apply(initialise)
         nn.init.normal_(self.mask_token, std=0.02)
 
