@@ -36,9 +36,9 @@ def first_seen(
     row = ((unit // columns)[..., None] * SIDE + along)[..., None]  # [B, K, S, 1]
     column = ((unit % columns)[..., None] * SIDE + along)[..., None, :]  # [B, K, 1, S]
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    output = torch.where(inside, (t[..., None, None] * height + row) * width + column, 0)
-    tile = torch.arange(K, device=device)[:, None, None]
-    tile, output = torch.where(inside, tile, K).flatten(1), output.flatten(1)
+    # What lies outside goes to output 0, which no tile but that of unit 0, the first, can see.
+    output = torch.where(inside, (t[..., None, None] * height + row) * width + column, 0).flatten(1)
+    tile = torch.arange(K, device=device).repeat_interleave(inside[0, 0].numel()).expand(B, -1)
     first = output.new_full((B, T * height * width), K).scatter_reduce(1, output, tile, "amin")
     seen = inside & (first.gather(1, output) == tile).view(inside.shape)
     if valid is None:
