@@ -42,7 +42,7 @@ def first_seen(
     first = output.new_full((B, T * height * width), K).scatter_reduce(1, output, tile, "amin")
     seen = inside & (first.gather(1, output) == tile).view(inside.shape)
     if valid is None:
-        return seen, torch.tensor(first.numel(), device=device)
+        return seen, torch.full((), first.numel(), device=device)
     usable = pool_valid(valid, 2)
     usable = usable if usable.ndim == 4 else usable[..., None, None]
     usable = usable.expand(B, T, height, width).flatten(1)
