@@ -3,9 +3,9 @@
 Usage: python -m benchmarks.loss_curves [--data ../shared/data] [--steps 300] --out FOLDER
 Runs of timo_tiny from the same weights, with the same batches and visible units: the dense form,
 and the fast path with either choice of the stem's batch statistics ("all" positions of the masked
-frames, as published, or the "visible" ones); and the dense form once more with another seed of all three. Writes loss_curves.json and loss_curves.png; fails
-where the fast path with published statistics is further from the dense form than the two dense
-runs are from each other.
+frames, as published, or the "visible" ones); and the dense form once more with another seed of all
+three. Writes loss_curves.json and loss_curves.png; fails where the fast path with published
+statistics is further from the dense form than the two dense runs are from each other.
 """
 
 import argparse
