@@ -49,7 +49,7 @@ class DenseAutoencoder(nn.Module):
             for block in stage.blocks:
                 x = self._block(block, x)
             x = stage.norm(x).view(shape)
-        latent = decoder.embed(x.reshape(B, -1, x.shape[-1]))  # [B, K, D]
+        latent = plain(decoder.embed, x.reshape(B, -1, x.shape[-1]))  # [B, K, D]
         token = decoder.mask_token.to(latent.dtype)
         tokens = token.expand(B, visible.shape[1], -1).clone()
         tokens[visible] = latent.flatten(0, 1)
@@ -57,7 +57,7 @@ class DenseAutoencoder(nn.Module):
         tokens = tokens + code.to(tokens.dtype)
         for block in decoder.blocks:
             tokens = self._block(block, tokens)
-        pred = decoder.pred(decoder.norm(tokens))  # [B, units, C·32·32]
+        pred = plain(decoder.pred, decoder.norm(tokens))  # [B, units, C·32·32]
         target = unfold(frames, rows, columns)
         hidden = ~visible
         target = target[hidden]
@@ -70,17 +70,23 @@ class DenseAutoencoder(nn.Module):
 
     def _block(self, block: Block, x: Tensor) -> Tensor:
         x = x + self._attention(block.attn, block.norm1(x))
-        return x + block.mlp(block.norm2(x))
+        hidden = F.gelu(plain(block.mlp.fc1, block.norm2(x)))
+        return x + plain(block.mlp.fc2, hidden)
 
     def _attention(self, attention: nn.Module, x: Tensor) -> Tensor:
         heads = (attention.num_heads, -1)
-        q = attention.q(x).unflatten(-1, heads).transpose(1, 2)  # [B, H, L, D]
-        k, v = attention.kv(x).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
+        q = plain(attention.q, x).unflatten(-1, heads).transpose(1, 2)  # [B, H, L, D]
+        k, v = plain(attention.kv, x).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
         if self.fused:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
             out = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
-        return attention.proj(out.transpose(1, 2).flatten(2))
+        return plain(attention.proj, out.transpose(1, 2).flatten(2))
+
+
+def plain(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer as PyTorch computes it."""
+    return F.linear(x, layer.weight, layer.bias)
 
 
 def unfold(x: Tensor, rows: int, columns: int) -> Tensor:

@@ -2,11 +2,10 @@
 
 Usage: python -m benchmarks.loss_curves [--data ../shared/data] [--steps 300] --out FOLDER
 Runs of timo_tiny from the same weights, with the same batches and visible units: the dense form,
-and our autoencoder with either choice of the stem's batch statistics ("all" positions of the masked
-frames, as published, or the "visible" ones, which need no work on hidden pixels); and the dense
-form once more with another seed of all three. Writes loss_curves.json and loss_curves.png; fails
-where the autoencoder with published statistics is further from the dense form than the two dense
-runs are from each other.
+and the fast path with either choice of the stem's batch statistics ("all" positions of the masked
+frames, as published, or the "visible" ones); and the dense form once more with another seed of all
+three. Writes loss_curves.json and loss_curves.png; fails where the fast path with published
+statistics is further from the dense form than the two dense runs are from each other.
 """
 
 import argparse
@@ -31,7 +30,7 @@ BANDS = ("SWIR1", "NIR", "Red", "Green")
 DECODER = {"decoder_embed_dim": 192, "decoder_num_heads": 6, "decoder_depth": 2}
 RATE, DECAY = 4e-4, 0.95  # learning rate; weight of the past in smoothed curves
 DENSE, OTHER = "dense form", "dense form, other seed"
-ALL, VISIBLE = "statistics of all positions", "fast path, statistics of visible positions"
+ALL, VISIBLE = (f"fast path, statistics of {which} positions" for which in ("all", "visible"))
 
 
 def batches(data: SeriesData) -> Iterator[dict]:

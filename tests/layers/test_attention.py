@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from tests.models.oracle import Oracle, assert_same
+from tests.tolerance import assert_close
 from timo.layers import GyroscopeAttention, JointAttention
+from timo.layers.attention import fast_attention
 from timo.models.names import published
 
 KINDS = {"gyroscope": GyroscopeAttention, "joint": JointAttention}
@@ -53,6 +55,40 @@ def test_equals_the_direct_form(kind, which, training, bias):
     for name, value in other.after.items():
         own = "gate_norm." + name.rsplit(".", 1)[1]
         assert_same(layer.state_dict()[own], value, own)
+
+
+@pytest.mark.skipif(not fast_attention("cpu", torch.float32), reason="no kernel for this CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("which", VALID)
+def test_compiled_joint_attention(which, dtype, monkeypatch):
+    """Output and every gradient, at valid tokens, as exact as PyTorch's attention."""
+    valid = VALID[which]
+    full = torch.ones(2, 3, 7, dtype=torch.bool) if valid is None else valid
+    full = full[..., None].expand(2, 3, 7) if full.ndim == 2 else full
+    torch.manual_seed(3)
+    cotangent = torch.randn(tokens().shape, dtype=dtype) * full.flatten(1)[..., None]
+
+    def run(dtype):
+        layer, x = layer_of("joint").to(dtype), tokens().to(cotangent.dtype).to(dtype)
+        layer.load_state_dict(layer_of("joint").to(cotangent.dtype).state_dict())
+        out = layer(x.requires_grad_(), 3, valid)
+        out.backward(cotangent.to(dtype))
+        grads = {name: p.grad for name, p in layer.named_parameters()}
+        return {"out": out.view(2, 3, 7, 16)[full], "x": x.grad} | grads
+
+    got, exact = run(dtype), run(torch.float64)
+    monkeypatch.setenv("TIMO_BACKEND", "reference")
+    plain = run(dtype)
+    assert not torch.equal(got["x"], plain["x"])  # one is the kernel's
+    for name in exact:
+        assert_close(got[name], exact[name], plain[name], name)
+
+
+def test_which_joint_attention(monkeypatch):
+    assert not fast_attention("cpu", torch.float64)
+    assert not fast_attention("cuda", torch.float32)
+    monkeypatch.setenv("TIMO_BACKEND", "reference")
+    assert not fast_attention("cpu", torch.float32)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -60,6 +60,25 @@ def test_statistics_are_those_of_the_valid_entries(shape, whole_maps):
         assert_close(ours.state_dict()[name].double(), value.double(), name=name)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_entries_that_are_left_out_count_as_zeros(masked):
+    ours, theirs = pair()
+    x = torch.randn(6, 3, 4, dtype=torch.float64) * 3 + 1
+    valid = torch.rand(6, 4) > 0.4 if masked else torch.ones(6, 4, dtype=torch.bool)
+    a, b = x.clone().requires_grad_(), x.movedim(1, -1)[valid].requires_grad_()
+    grad = torch.randn_like(x).movedim(1, -1) * valid[..., None]
+    out = ours(a, valid if masked else None, valid.sum() + 17)
+    exact = theirs(torch.cat([b, b.new_zeros(17, 3)]))[:-17]
+    out.backward(grad.movedim(-1, 1))
+    exact.backward(grad[valid])
+    assert_close(out.movedim(1, -1)[valid], exact)
+    assert_close(a.grad.movedim(1, -1)[valid], b.grad)
+    assert_close(ours.weight.grad, theirs.weight.grad)
+    assert_close(ours.bias.grad, theirs.bias.grad)
+    for name, value in theirs.state_dict().items():
+        assert_close(ours.state_dict()[name].double(), value.double(), name=name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_statistics_of_half_inputs_are_float32(dtype):
     """A mean of 100 and 10⁵ entries: half sums would be far off, or infinite."""

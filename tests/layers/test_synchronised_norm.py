@@ -16,15 +16,20 @@ def inputs():
     return x, torch.rand(11, 4) > 0.3, torch.randn_like(x)
 
 
-def run(x, valid, cotangent):
+def run(x, valid, cotangent, count=None):
     """Output, gradients of x, weight and bias, and running statistics."""
     norm = MaskedBatchNorm(3).double()
     norm.synchronised = True
     torch.nn.init.constant_(norm.weight, 1.5)
     x = x.clone().requires_grad_()
-    out = norm(x, valid)
+    out = norm(x, valid, count)
     grads = torch.autograd.grad(out, (x, norm.weight, norm.bias), cotangent)
     return out.detach(), *grads, norm.running_mean, norm.running_var, norm.num_batches_tracked
+
+
+def cases(valid, cotangent):
+    """With validity, without, and with as many zeros left out as there are valid entries."""
+    return (valid, cotangent), (None, cotangent), (valid, cotangent, 2 * valid.sum())
 
 
 def process(rank: int, folder: str) -> None:
@@ -32,17 +37,18 @@ def process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
     part = slice(0, 4) if rank == 0 else slice(4, 11)
     x, valid, cotangent = (y[part] for y in inputs())
-    torch.save([run(x, valid, cotangent), run(x, None, cotangent)], f"{folder}/{rank}.pt")
+    results = [run(x, *case) for case in cases(valid, cotangent)]
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path):
-    """Unequal shares of a batch, with and without validity."""
+    """Unequal shares of a batch."""
     multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
     shared = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     x, valid, cotangent = inputs()
-    for case, mask in enumerate((valid, None)):
-        whole = run(x, mask, cotangent)
+    for case, arguments in enumerate(cases(valid, cotangent)):
+        whole = run(x, *arguments)
         parts = [shared[rank][case] for rank in range(2)]
         for i in range(2):  # output and gradient of x: a part each
             assert_close(torch.cat([p[i] for p in parts]), whole[i])

@@ -3,6 +3,7 @@
 from timo.layers.attention import GyroscopeAttention, JointAttention
 from timo.layers.block import Block, DropPath, Mlp
 from timo.layers.embedding import PatchMerging, Stem
+from timo.layers.linear import Linear
 from timo.layers.norm import MaskedBatchNorm
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "DropPath",
     "GyroscopeAttention",
     "JointAttention",
+    "Linear",
     "MaskedBatchNorm",
     "Mlp",
     "PatchMerging",

@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timo import ops
+from timo.layers.linear import Linear
 from timo.layers.norm import MaskedBatchNorm
+from timo.ops import dispatch
 from timo.ops.checks import check_tensor, check_valid
 
 
@@ -31,9 +33,9 @@ class JointAttention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"dim is {dim}; it must be a multiple of num_heads = {num_heads}")
         self.dim, self.num_heads = dim, num_heads
-        self.q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim, bias=qkv_bias)
+        self.kv = Linear(dim, 2 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}"
@@ -41,17 +43,12 @@ class JointAttention(nn.Module):
     def forward(self, x: Tensor, num_dates: int, valid: Tensor | None = None) -> Tensor:
         grid = self._check(x, num_dates, valid)
         heads = (self.num_heads, -1)
-        q = self.q(x).unflatten(-1, heads).transpose(1, 2)  # [B, H, L, D], a view
-        k, v = self.kv(x).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind()
-        mask = None
+        q = self.q(x).unflatten(-1, heads)  # [B, L, H, D]
+        k, v = self.kv(x).unflatten(-1, (2, *heads)).unbind(2)  # views
         if valid is not None:
-            keys = (valid if valid.ndim == 3 else valid[:, :, None]).expand(grid).flatten(1)
-            # A softmax over no key at all is 0/0: such a series attends to everything instead,
-            # and its tokens, all invalid, are zeroed by the caller.
-            keys = keys | ~keys.any(1, keepdim=True)
-            mask = keys[:, None, None]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(out.transpose(1, 2).flatten(2))
+            valid = (valid if valid.ndim == 3 else valid[:, :, None]).expand(grid).flatten(1)
+        attend = _attend_compiled if fast_attention(q.device.type, q.dtype) else _attend
+        return self.proj(attend(q, k, v, valid).flatten(2))
 
     def _check(self, x: Tensor, num_dates: int, valid: Tensor | None) -> tuple[int, int, int]:
         """Raise unless the arguments fit; else (B, T, N)."""
@@ -68,6 +65,40 @@ class JointAttention(nn.Module):
         grid = (x.shape[0], num_dates, x.shape[1] // num_dates)
         check_valid(valid, {"(B, T)": grid[:2], "(B, T, N)": grid}, x)
         return grid
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+    """Joint attention by PyTorch: (B, L, H, D) each, valid (B, L) -> (B, L, H, D)."""
+    if valid is not None:
+        # A softmax over no key at all is 0/0: such a series attends to everything instead, and
+        # its tokens, all invalid, are zeroed by the caller.
+        valid = (valid | ~valid.any(1, keepdim=True))[:, None, None]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=valid).transpose(1, 2)
+
+
+def _attend_compiled(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+    """The same as gyroscope attention over a single date without a gate; 0 at invalid queries."""
+    gate = torch.zeros(q.shape[:3], device=q.device)
+    q_date, k_date, v = q.detach()[:, None], k.detach()[:, None], v[:, None]  # no other date
+    valid = None if valid is None else valid[:, None]
+    scale = q.shape[-1] ** -0.5
+    out = ops.gyroscope_attention(q_date, k_date, v, q, k, gate[:, None], valid, scale)
+    return out.squeeze(1)
+
+
+@torch.compiler.assume_constant_result
+def fast_attention(device: str, dtype: torch.dtype) -> bool:
+    """Whether `_attend_compiled` runs and is the faster one: on CPUs with AVX-512 or AVX2.
+
+    Of the time of `scaled_dot_product_attention`, forward and backward in float32 together take
+    0.38 to 0.45 with AVX-512 and 0.65 to 0.75 with AVX2, for 144 to 2,304 tokens.
+    """
+    if device != "cpu" or torch.compiler.is_exporting():
+        return False  # an exported graph may run elsewhere
+    request = dispatch.Request(torch.device(device), dtype)
+    choice = dispatch.OPS["gyroscope_attention"].choose(request)
+    return choice.backend == dispatch.CPP and dispatch.compiled().isa_level() > 0
 
 
 class GyroscopeAttention(JointAttention):

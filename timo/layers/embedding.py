@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timo.layers.linear import linear
 from timo.layers.norm import MaskedBatchNorm
 
 # Tokens of a map up to which a product with copied windows is faster than a convolution: in units
@@ -21,6 +22,9 @@ class Stem(nn.Module):
             tiles that bring the 3 pixels before and 2 after which the first conv reads.
         valid: (M, H/2, W/2) bool, or broadcastable to it, or None: half-resolution positions that
             enter the statistics.
+        count: see MaskedBatchNorm. With it x is (M, C, H + 11, W + 11), tiles with a ring of
+            positions, 1 before and 2 after, that serve the statistics alone, and `valid` is
+            (M, H/2 + 3, W/2 + 3).
         output: (M, H/4, W/4, D).
     """
 
@@ -31,15 +35,23 @@ class Stem(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 2, stride=2)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
-    def forward(self, x: Tensor, valid: Tensor | None = None, halo: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        valid: Tensor | None = None,
+        halo: bool = False,
+        count: Tensor | None = None,
+    ) -> Tensor:
         # Channels last from here on, as tokens lie; the few bands are cheap to turn.
         x = x.contiguous(memory_format=torch.channels_last)
         x = F.conv2d(x, self.conv.weight, stride=2, padding=0 if halo else 3)
-        x = F.relu(self.bn(x, valid)).permute(0, 2, 3, 1)  # [M, H/2, W/2, D]
+        x = self.bn(x, valid, count)
+        x = x if count is None else x[..., 1:-2, 1:-2]
+        x = F.relu(x).permute(0, 2, 3, 1)  # [M, H/2, W/2, D]
         # Windows of the second convolution do not overlap: it is a product with 2×2 pixels.
         x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # [D, 4D]
-        return self.norm(F.linear(x, weight, self.proj.bias))
+        return self.norm(linear(x, weight, self.proj.bias))
 
 
 class PatchMerging(nn.Module):
@@ -58,7 +70,7 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] * x.shape[2] <= SMALL:
             x = F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(1, 3, 2).unfold(2, 3, 2)
-            x = F.linear(x.flatten(3), self.proj.weight.flatten(1), self.proj.bias)
+            x = linear(x.flatten(3), self.proj.weight.flatten(1), self.proj.bias)
         else:
             x = self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels last in memory
         return self.norm(x)

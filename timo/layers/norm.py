@@ -16,13 +16,15 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
     Without `valid`, and in evaluation mode, it is `torch.nn.BatchNorm` itself. With `valid`, in
     training mode, batch statistics and running statistics come from the valid entries alone;
     invalid entries are normalised by them too. Statistics are float32 for half inputs. A batch
-    without a valid entry leaves the running statistics as they are.
+    without a valid entry leaves the running statistics as they are. With `count`, statistics are
+    those of `count` entries: the valid ones, and zeros that x lacks.
 
     Where `synchronised` is set, a training batch is that of all processes of the default group.
 
     Shape:
         x: (M, C, ...), any floating dtype.
         valid: (M, ...) bool, or broadcastable to it; true where usable.
+        count: integer tensor of no dimension.
         output: as x.
     """
 
@@ -39,11 +41,13 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
                 f"x has shape {tuple(x.shape)}; it must be (M, {self.num_features}, ...)"
             )
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, count: Tensor | None = None
+    ) -> Tensor:
         if not self.training:
             return super().forward(x)
         shared = self.synchronised and dist.is_initialized() and dist.get_world_size() > 1
-        if valid is None and not shared:
+        if valid is None and count is None and not shared:
             if self.tracking:
                 return super().forward(x)
             mean, var = self.running_mean.clone(), self.running_var.clone()
@@ -54,13 +58,16 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
         usable = x.new_ones((), dtype=torch.bool) if valid is None else valid
         usable = usable.expand(x.shape[0], *x.shape[2:]).unsqueeze(1)  # [M, 1, ...]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        count, total = usable.sum(), torch.where(usable, wide, 0).sum(dims)
+        present, total = usable.sum(), torch.where(usable, wide, 0).sum(dims)
+        lacking = 0 if count is None else count - present
+        count = present + lacking
         if shared:
             dist.all_reduce(count)
             total = all_reduce(total)
         mean = total / count.clamp_min(1)  # [C]
         centred = wide - mean.view(channel)
         spread = torch.where(usable, centred, 0).square().sum(dims)
+        spread = spread + lacking * mean.square()
         if shared:
             spread = all_reduce(spread)
         variance = spread / count.clamp_min(1)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from timo import ops
-from timo.layers import Block
+from timo.layers import Block, Linear
 from timo.layers.position import grid_code, unit_code
 from timo.layers.validity import per_map, pool_valid
 from timo.models.encoder import Encoder
-from timo.models.inputs import UNIT, check_series, pad_frames, pad_valid
+from timo.models.inputs import UNIT, check_series, pad_valid
 from timo.models.masking import (
     draw_units,
     least_usable,
@@ -19,9 +19,10 @@ from timo.models.masking import (
     usable_units,
     visible_count,
 )
+from timo.models.statistics import HALO, first_seen
 from timo.models.weights import initialise
 from timo.ops.checks import dtype_name
-from timo.ops.gather_units import check_id_values, check_ids, per_band, physical, visible_pixels
+from timo.ops.gather_units import check_id_values, check_ids
 
 
 class MAEOutput(NamedTuple):
@@ -45,11 +46,11 @@ class Decoder(nn.Module):
 
     def __init__(self, in_dim: int, dim: int, num_heads: int, depth: int, out_dim: int):
         super().__init__()
-        self.embed = nn.Linear(in_dim, dim)
+        self.embed = Linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.pred = nn.Linear(dim, out_dim)
+        self.pred = Linear(dim, out_dim)
         self.apply(initialise)
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -175,31 +176,20 @@ class MaskedAutoencoder(nn.Module):
         time = encoder.time(frames, dates, valid)
         values: dict[str, Any] = dict(scale=scale, offset=offset, valid=valid)
         seen = None if pixels is None else select_units(pixels, visible_ids, grid)
+        entries, count, halo = pool_valid(seen, 2), None, (3, 2)
         if self.training and self.stem_statistics == "all":
-            tokens = self._dense_stem(frames, visible_ids, pixels, grid, **values)
-        else:
-            tiles = ops.gather_units(frames, visible_ids, dtype=compute_dtype(weight), **values)
-            tokens = encoder.stem(tiles.flatten(0, 1), per_map(pool_valid(seen, 2)), halo=True)
-            tokens = tokens.unflatten(0, visible_ids.shape)  # [B, K, 8, 8, D]
+            entries, count = first_seen(visible_ids, dates_and_grid, pixels)
+            halo = HALO
+        tiles = ops.gather_units(
+            frames, visible_ids, halo=halo, dtype=compute_dtype(weight), **values
+        )
+        tokens = encoder.stem(tiles.flatten(0, 1), per_map(entries), halo=True, count=count)
+        tokens = tokens.unflatten(0, visible_ids.shape)  # [B, K, 8, 8, D]
         tokens = tokens + unit_code(time, visible_ids, grid, *tokens.shape[3:], tokens.dtype)
         latent = encoder.run_stages(tokens, pool_valid(seen, 4))[-1][0].flatten(2)
         pred = self.decoder(latent, visible_ids, masked_ids, time, grid, usable)
         loss = ops.masked_pixel_loss(pred, frames, masked_ids, norm=self.pixel_norm, **values)
         return MAEOutput(loss, pred, visible_ids, masked_ids, latent)
-
-    def _dense_stem(self, frames, visible_ids, pixels, grid, scale, offset, valid) -> Tensor:
-        """Stem on the whole masked frames, then the tokens of visible units, (B, K, 8, 8, D)."""
-        stem = self.encoder.stem
-        dtype = stem.conv.weight.dtype
-        wide = torch.float64 in (dtype, frames.dtype)  # as in gather_units
-        scale, offset = (
-            per_band(name, value, frames, wide)
-            for name, value in (("scale", scale), ("offset", offset))
-        )
-        image = physical(frames, scale, offset, torch.float64 if wide else torch.float32)
-        image = torch.where(visible_pixels(frames, visible_ids, valid, UNIT), image, 0).to(dtype)
-        tokens = stem(pad_frames(image).flatten(0, 1), per_map(pool_valid(pixels, 2)))
-        return select_units(tokens.unflatten(0, frames.shape[:2]), visible_ids, grid)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
