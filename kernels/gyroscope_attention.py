@@ -22,6 +22,7 @@ from timo.kernels.gyroscope_attention_forward import (
     spatial_kernel,
     temporal_kernel,
 )
+from timo.kernels.launch import grid
 
 
 def forward(q, k, v, q_median, k_median, gate, valid, scale) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +35,7 @@ def forward(q, k, v, q_median, k_median, gate, valid, scale) -> tuple[Tensor, Te
     kind, usable, seen, (v, q_median, k_median) = validity(valid, v, q_median, k_median)
     tile = config.temporal_tile(T, D, 4096)
     with torch.cuda.device_of(q):
-        temporal_kernel[(programs(N, tile["BP"], T, tile["TQ"], B * H),)](
+        temporal_kernel[programs(N, tile["BP"], T, tile["TQ"], B * H)](
             q, k, v, usable, out, lse,
             *map(Tensor.stride, (q, k, v, usable, out, lse)),
             H, T, N, float(scale), HAS_VALID=kind != NONE.value, D=D, **tile,
@@ -48,7 +49,7 @@ def forward(q, k, v, q_median, k_median, gate, valid, scale) -> tuple[Tensor, Te
                 "forward", dates, D, q.dtype, kind == BY_POSITION.value, capability(q)
             )
             TT = sum(tile.widths)
-            spatial_kernel[(programs(N, tile.queries, T, TT, B * H),)](
+            spatial_kernel[programs(N, tile.queries, T, TT, B * H)](
                 q_median, k_median, v, gate, usable, keys, out, lse, spatial, far,
                 *map(Tensor.stride, (q_median, k_median, v, gate, usable, keys, out, lse, spatial)),
                 H, T, N, float(scale),
@@ -86,9 +87,9 @@ def backward(
     delta, share = numbers(), numbers()
     own = numbers() if kind == BY_POSITION.value else delta
     tile = config.temporal_tile(T, D, 2048)
-    grid = (programs(N, tile["BP"], T, tile["TQ"], B * H),)
+    temporal = programs(N, tile["BP"], T, tile["TQ"], B * H)
     with torch.cuda.device_of(q):
-        temporal_query_kernel[grid](
+        temporal_query_kernel[temporal](
             grad, q, k, v, gate, usable, out, lse, spatial_lse,
             dq, dgate, scaled, delta, share, own,
             *map(Tensor.stride, (
@@ -96,7 +97,7 @@ def backward(
             )),
             H, T, N, float(scale), VALIDITY=kind, MOST=most(q.dtype), D=D, **tile,
         )  # fmt: skip
-        temporal_key_kernel[grid](
+        temporal_key_kernel[temporal](
             grad, q, k, v, usable, lse, delta, dk, dv,
             *map(Tensor.stride, (grad, q, k, v, usable, lse, delta, dk)),
             H, T, N, float(scale), HAS_VALID=kind != NONE.value, D=D, **tile,
@@ -106,7 +107,7 @@ def backward(
         }  # fmt: skip
 
         def spatial_pass(kernel, tile, block, tiles, own, *tensors):
-            kernel[(triton.cdiv(N, block) * tiles * B * H,)](
+            kernel[grid(B * H, tiles, triton.cdiv(N, block))](
                 *tensors, *map(Tensor.stride, tensors), H, T, N, float(scale),
                 OWN=own, **constants, WIDTHS=tile.widths, TT=sum(tile.widths),
                 BM=tile.queries, BN=tile.keys,
@@ -192,8 +193,8 @@ def lazy(capability: int) -> bool:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """tf32 where torch's own matrix products may use it, by set_float32_matmul_precision."""
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    """tf32 where torch's own products on GPUs may use it, whichever of its settings says so."""
+    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return "ieee" if exact else "tf32"
 
 
@@ -205,8 +206,8 @@ def capability(x: Tensor) -> int:
     return 10 * major + minor
 
 
-def programs(N: int, block: int, T: int, dates: int, heads: int) -> int:
-    return triton.cdiv(N, block) * triton.cdiv(T, dates) * heads
+def programs(N: int, block: int, T: int, dates: int, heads: int) -> tuple[int]:
+    return grid(heads, triton.cdiv(T, dates), triton.cdiv(N, block))
 
 
 def near(x: Tensor) -> Tensor:

@@ -170,6 +170,22 @@ def test_nothing_beside_a_tensor_is_touched(frames_dtype, at_end, poisoned):
                 torch.ops.timo.temporal_median_backward(fence(values), fence(indices), 5, "cpp")
 
 
+@pytest.mark.parametrize("backward", ["", "_backward"])
+def test_more_than_a_grid_holds_is_an_error(emulated, backward):
+    """Sizes of tensors that no memory holds: refused before anything is launched."""
+
+    def units(B, C, K):
+        return [0] * 5, [0] * 5, [0] * 4, [B, 1, C, 8, 8, K, 8], 0
+
+    many = 70_000
+    with pytest.raises(ValueError, match="is 4900000000; the CUDA kernels take at most 2"):
+        getattr(emulated, f"gather_units{backward}_cpu")(units(many, many, 1), 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="masked units is 4900000000; the CUDA kernels take"):
+        getattr(emulated, f"masked_pixel_loss{backward}_cpu")(units(many, 1, many), [0] * 8, 0, 0)
+    with pytest.raises(ValueError, match="rows is 4900000000; the CUDA kernels take at most"):
+        getattr(emulated, f"scatter_units{backward}_cpu")([0] * 6, [0, 0], [many, 1, many, 8], 0)
+
+
 @pytest.fixture(scope="session")
 def faulty():
     return ctypes.CDLL(str(cuda_emulation.link(cuda_emulation.HERE / "faults.cu")))
