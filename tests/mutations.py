@@ -122,8 +122,8 @@ MUTANTS = [
     Mutant(
         "cpp: last channel of a tail is lost",
         f"{ATTENTION}_kernel.h",
-        "for (int64_t i = 0; i < count; ++i) part[i] = widen_flushed(p[i]);",
-        "for (int64_t i = 0; i + 1 < count; ++i) part[i] = widen_flushed(p[i]);",
+        "for (int64_t i = 0; i < count; ++i) part[i] = widen(p[i]);",
+        "for (int64_t i = 0; i + 1 < count; ++i) part[i] = widen(p[i]);",
         CPP_FUZZ,
     ),
     Mutant(
