@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import os
 import re
-import shlex
 import subprocess
 import sysconfig
 from functools import cache
@@ -29,7 +28,7 @@ CHECKS = (
     "-fsanitize=alignment,bounds,signed-integer-overflow,shift,integer-divide-by-zero "
     "-fsanitize-undefined-trap-on-error"
 )
-FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas"
+FLAGS = "-std=c++17 -O1 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas"
 ORDERS = ("forward", "reverse", "shuffled")
 
 
@@ -51,16 +50,14 @@ def compile_unit(source: Path, headers: str) -> Path:
     """Object of a source, made once for each state of the source and all headers."""
     import pybind11
 
-    text = source.read_text()
-    name = source.name
-    flags = f"{FLAGS} -O1"
+    text, flags = source.read_text(), FLAGS
     if source.suffix == ".cu":
-        text, flags = rewritten(text), f"{flags} {CHECKS}"
+        text, flags = rewritten(text), f"{FLAGS} {CHECKS}"
     state = hashlib.sha256("\n".join((text, headers, flags)).encode()).hexdigest()[:16]
-    out = BUILD / f"{name}-{state}.o"
+    out = BUILD / f"{source.name}-{state}.o"
     if out.exists():
         return out
-    for old in BUILD.glob(f"{name}-*"):
+    for old in BUILD.glob(f"{source.name}-*"):
         old.unlink()
     made = out.with_suffix(".cpp")
     made.write_text(f'#line 1 "{source.relative_to(REPOSITORY)}"\n{text}')
@@ -68,14 +65,17 @@ def compile_unit(source: Path, headers: str) -> Path:
         HERE, REPOSITORY / "csrc", REPOSITORY / "csrc/cuda", pybind11.get_include(),
         sysconfig.get_paths()["include"],
     )  # fmt: skip
-    include = " ".join(f"-I{folder}" for folder in folders)
-    run(f"{compiler()} {flags} {include} -c {made} -o {out}")
+    run(*flags.split(), *(f"-I{folder}" for folder in folders), "-c", made, "-o", out)
     return out
 
 
-def run(command: str) -> None:
-    done = subprocess.run(shlex.split(command), capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}\n{done.stderr}"
+def run(*arguments: str | Path) -> None:
+    """The compiler; its result, the last argument, is there whole or not at all."""
+    *others, out = arguments
+    part = Path(f"{out}.part")
+    done = subprocess.run([compiler(), *others, part], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    part.rename(out)
 
 
 def compiler() -> str:
@@ -94,7 +94,9 @@ def link(*sources: Path) -> Path:
         state = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:16]
         library = BUILD / f"{sources[-1].stem}-{state}.so"
         if not library.exists():
-            run(f"{compiler()} -shared -Wl,-Bsymbolic {' '.join(map(str, objects))} -o {library}")
+            for old in BUILD.glob(f"{sources[-1].stem}-*.so"):
+                old.unlink()
+            run("-shared", "-Wl,-Bsymbolic", *objects, "-o", library)
         return library
 
 

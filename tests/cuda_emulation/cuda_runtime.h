@@ -1,8 +1,8 @@
 // Stands in for the CUDA runtime, so that csrc/cuda/*.cu run on a CPU in tests.
 //
 // The threads of a block are fibers. Each runs until it waits: at a barrier of the block, or for the
-// lanes of its warp. Blocks and threads run in the order that `order` says, so that a result which
-// depends on it differs between orders. A launch throws where the threads of a block wait at
+// lanes of its warp. Blocks, warps and lanes run in the order that `order` says, a warp as far as it
+// can before the next, so that a result which depends on it differs between orders. A launch throws where the threads of a block wait at
 // different places or leave while others wait, where a lane that a mask names does not come, where
 // memory beside the dynamic shared memory is written, and where a thread touches memory that is not
 // there or that its type is not aligned to. Shared memory is NaN when a block begins. One launch at
@@ -202,38 +202,44 @@ inline bool complete(int i, int count) {
   return true;
 }
 
-inline std::vector<int64_t> sequence(int64_t count) {
-  std::vector<int64_t> all(count);
-  std::iota(all.begin(), all.end(), 0);
+inline std::vector<int64_t> sequence(int64_t first, int64_t last) {
+  std::vector<int64_t> all(last - first);
+  std::iota(all.begin(), all.end(), first);
   if (order == 1) std::reverse(all.begin(), all.end());
-  if (order == 2) std::shuffle(all.begin(), all.end(), std::mt19937(count));
+  if (order == 2) std::shuffle(all.begin(), all.end(), std::mt19937(last));
   return all;
 }
 
-inline void run_block(const std::vector<int64_t>& turns) {
-  const int count = static_cast<int>(turns.size());
+// Lets a warp run ahead of the others, as far as it can.
+inline void run_warp(int first, int count) {
+  const auto lanes = sequence(first, std::min(first + 32, count));
+  for (bool again = true; again;) {
+    for (const int64_t i : lanes)
+      if (threads[i].state == State::fresh || threads[i].state == State::ready) resume(i);
+    again = false;
+    for (const int64_t i : lanes)
+      if (threads[i].state == State::waiting && threads[i].mask && complete(i, count))
+        threads[i].state = State::ready, again = true;
+  }
+}
+
+inline void run_block(int count) {
   std::fill(dynamic.begin(), dynamic.end(), 0xff);
   std::memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared);
   for (int i = 0; i < count; ++i) threads[i].state = State::fresh, threads[i].turn = 0;
   for (;;) {
-    for (const int64_t i : turns)
-      if (threads[i].state == State::fresh || threads[i].state == State::ready) resume(i);
-    bool released = false;
-    int barrier = -1;     // whether it is complete, which is the same for all threads; -1: not known
-    int waiting = count;  // the first thread that does
-    for (int i = count - 1; i >= 0; --i) {
-      if (threads[i].state == State::done) continue;
-      if (threads[i].mask == 0 && barrier < 0) barrier = complete(i, count);
-      const bool ready = threads[i].mask ? complete(i, count) : barrier;
-      threads[i].state = ready ? State::ready : State::waiting;
-      released |= ready, waiting = i;
+    for (const int64_t warp : sequence(0, (count + 31) / 32)) run_warp(warp * 32, count);
+    int first = 0;  // that waits
+    while (first < count && threads[first].state == State::done) ++first;
+    if (first == count) break;
+    if (threads[first].mask || !complete(first, count)) {
+      const char* where = threads[first].where;
+      for (int i = first; i < count; ++i)
+        if (apart(threads[i].where, where))
+          fail(std::string("threads wait at ") + threads[i].where + " and " + where);
+      fail(std::string("lanes differ in their masks at ") + where);
     }
-    if (waiting == count) break;
-    if (released) continue;
-    for (int i = waiting; i < count; ++i)
-      if (apart(threads[i].where, threads[waiting].where))
-        fail(std::string("threads wait at ") + threads[i].where + " and " + threads[waiting].where);
-    fail(std::string("lanes differ in their masks at ") + threads[waiting].where);
+    for (int i = 0; i < count; ++i) threads[i].state = State::ready;
   }
   for (size_t i = 0; i < guard; ++i)
     if (dynamic[i] != 0xff || dynamic[dynamic.size() - 1 - i] != 0xff)
@@ -263,12 +269,11 @@ struct Launch {
     };
     gridDim = grid, blockDim = block;
     dynamic.resize(shared + 2 * guard);
-    const auto turns = sequence(count);
     const Faults faults;
-    for (const int64_t i : sequence(int64_t{grid.x} * grid.y * grid.z)) {
+    for (const int64_t i : sequence(0, int64_t{grid.x} * grid.y * grid.z)) {
       blockIdx = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                   static_cast<unsigned>(i / grid.x / grid.y)};
-      run_block(turns);
+      run_block(static_cast<int>(count));
     }
   }
 };

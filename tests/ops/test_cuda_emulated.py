@@ -147,8 +147,12 @@ def test_nothing_beside_a_tensor_is_touched(frames_dtype, at_end, poisoned):
         pred = torch.randn(2, 3, 3 * unit**2, generator=g).to(dtype)
         tokens, sequence = torch.randn(2, 3, 36, generator=g), torch.randn(2, 18, 36, generator=g)
         with fences(at_end) as fence:
-            for layout in (frames, frames.contiguous()):
-                x, near, s, o, v = map(fence, (layout, ids, scale, offset, valid))
+            # Rows a multiple of four apart, which begin at the second of four pixels.
+            shifted = frames.new_zeros((*frames.shape[:4], -(-W // 4) * 4 + 4))
+            shifted[..., 1 : W + 1] = frames
+            for x in map(fence, (frames, frames.contiguous(), shifted)):
+                x = x[..., 1 : W + 1] if x.shape[4] > W else x
+                near, s, o, v = map(fence, (ids, scale, offset, valid))
                 tiles = gather_units_compiled.forward(x, near, s, o, v, unit, 3, 2, dtype)
                 if frames_dtype.is_floating_point:
                     gather_units_compiled.backward(
