@@ -29,17 +29,17 @@ inline float widen(bf16 x) {
   return out;
 }
 inline float widen(f16 x) {
-  // Shift exponent and mantissa into place, then rescale by 2^112: exact, subnormals included,
-  // and plain integer and float lanes on every instruction set.
+  // Exponent and mantissa into place, then another bias of the exponent. Subnormals get the leading
+  // bit of 2^-14, which a subtraction takes off: exact, also while subnormal floats are flushed.
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t rest = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+  uint32_t small = rest + 0x38800000u, bits = rest + 0x38000000u;
   float out;
-  std::memcpy(&out, &rest, 4);
-  out *= 0x1p112f;
-  uint32_t bits;
-  std::memcpy(&bits, &out, 4);
-  bits |= (x.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;  // infinity and NaN keep their exponent
-  bits |= sign;
+  std::memcpy(&out, &small, 4);
+  out -= 0x1p-14f;
+  std::memcpy(&small, &out, 4);
+  bits += (x.bits & 0x7c00u) == 0x7c00u ? 0x38000000u : 0u;  // infinity and NaN
+  bits = (x.bits & 0x7c00u ? bits : small) | sign;
   std::memcpy(&out, &bits, 4);
   return out;
 }

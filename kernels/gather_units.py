@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from timo.kernels.launch import grid
+
 PIXELS = 512  # of one program, for BANDS bands at a time
 SIZES = ("T", "H", "W", "K")
 X_STRIDES = ("x_b", "x_t", "x_c", "x_h")
@@ -26,8 +28,9 @@ def place_kernel(p_ids, p_places, K, units, step, BLOCK: tl.constexpr):
 
     One program: BLOCK units of one sample, by bisection; step is a power of two in (K / 2, K].
     """
-    b = tl.program_id(1).to(tl.int64)
-    u = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(units, BLOCK)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    u = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     p_ids += b * K
     place = tl.zeros([BLOCK], tl.int32)  # that many ids are known to lie below u
     while step > 0:
@@ -64,8 +67,8 @@ def gather_kernel(
 ):  # fmt: skip
     """One program: BLOCK pixels of one tile, all bands."""
     CHUNKS: tl.constexpr = (SIZE * SIZE + BLOCK - 1) // BLOCK
-    b = tl.program_id(1).to(tl.int64)
-    tile = b * K + tl.program_id(0) // CHUNKS
+    n = tl.program_id(0) // CHUNKS
+    tile, b = n.to(tl.int64), (n // K).to(tl.int64)
     p = tl.program_id(0) % CHUNKS * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] of (SIZE, SIZE)
     h, w = tl.cdiv(H, UNIT), tl.cdiv(W, UNIT)
     unit = tl.load(p_ids + tile)
@@ -113,10 +116,10 @@ def gather_backward_kernel(
     BACK: tl.constexpr = (AFTER + UNIT - 1) // UNIT
     AHEAD: tl.constexpr = (BEFORE + UNIT - 1) // UNIT
     SPAN: tl.constexpr = BACK + 1 + AHEAD
-    b = tl.program_id(1).to(tl.int64)
-    unit = tl.program_id(0) // CHUNKS
+    n = tl.program_id(0) // CHUNKS
     p = tl.program_id(0) % CHUNKS * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] of (UNIT, UNIT)
     h, w = tl.cdiv(H, UNIT), tl.cdiv(W, UNIT)
+    b, unit = (n // (T * h * w)).to(tl.int64), n % (T * h * w)
     t, i, j = (unit // (h * w)).to(tl.int64), unit // w % h, unit % w
     y, x = i * UNIT + p // UNIT, j * UNIT + p % UNIT
     m_p = (p < UNIT * UNIT) & (y < H) & (x < W)
@@ -160,7 +163,7 @@ def forward(frames, ids, scale, offset, valid, unit, before, after, dtype) -> Te
     with torch.cuda.device_of(frames):
         where = places(ids, unit_count(T, H, W, unit))
         usable, strides = validity(valid, frames)
-        gather_kernel[(K * triton.cdiv(size**2, PIXELS), B)](
+        gather_kernel[grid(B, K, triton.cdiv(size**2, PIXELS))](
             frames, ids, where, scale, offset, usable, tiles,
             C, T, H, W, K, *frames.stride(), *strides,
             HAS_SCALE=scale is not None, HAS_OFFSET=offset is not None,
@@ -178,7 +181,7 @@ def backward(grad, ids, scale, valid, dates, height, width, unit, before, after,
     with torch.cuda.device_of(grad):
         where = places(ids, units)
         usable, strides = validity(valid, out)
-        gather_backward_kernel[(units * triton.cdiv(unit**2, PIXELS), B)](
+        gather_backward_kernel[grid(B, units, triton.cdiv(unit**2, PIXELS))](
             grad, where, scale, usable, out,
             C, dates, height, width, K, *strides,
             HAS_SCALE=scale is not None, HAS_VALID=valid is not None,
@@ -192,7 +195,7 @@ def places(ids: Tensor, units: int) -> Tensor:
     B, K = ids.shape
     out = torch.empty((B, units), dtype=torch.int32, device=ids.device)
     step = 1 << (K.bit_length() - 1)
-    place_kernel[(triton.cdiv(units, 256), B)](ids, out, K, units, step, BLOCK=256, num_warps=4)
+    place_kernel[grid(B, triton.cdiv(units, 256))](ids, out, K, units, step, BLOCK=256, num_warps=4)
     return out
 
 

@@ -22,6 +22,7 @@ from timo.kernels.gyroscope_attention_forward import (
     spatial_kernel,
     temporal_kernel,
 )
+from timo.kernels.launch import grid
 
 
 def forward(q, k, v, q_median, k_median, gate, valid, scale) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,9 +33,9 @@ def forward(q, k, v, q_median, k_median, gate, valid, scale) -> tuple[Tensor, Te
     lse = torch.empty((B, T, N, H), dtype=torch.float32, device=q.device)
     spatial = torch.empty((B, N, H), dtype=torch.float32, device=q.device)
     kind, usable, seen, (v, q_median, k_median) = validity(valid, v, q_median, k_median)
-    tile = config.temporal_tile(T, D, 4096)
+    tile = config.temporal_tile(T, D, q.dtype, 4096)
     with torch.cuda.device_of(q):
-        temporal_kernel[(programs(N, tile["BP"], T, tile["TQ"], B * H),)](
+        temporal_kernel[programs(N, tile["BP"], T, tile["TQ"], B * H)](
             q, k, v, usable, out, lse,
             *map(Tensor.stride, (q, k, v, usable, out, lse)),
             H, T, N, float(scale), HAS_VALID=kind != NONE.value, D=D, **tile,
@@ -44,11 +45,10 @@ def forward(q, k, v, q_median, k_median, gate, valid, scale) -> tuple[Tensor, Te
             far = torch.empty((B, T, N, H), dtype=torch.uint8, device=q.device)
 
         def spatial_pass(dates, keys, own):
-            tile = config.tile(
-                "forward", dates, D, q.dtype, kind == BY_POSITION.value, capability(q)
-            )
+            launch = 2 if own else int(kind == BY_POSITION.value)
+            tile = config.tile("forward", dates, D, q.dtype, launch, capability(q))
             TT = sum(tile.widths)
-            spatial_kernel[(programs(N, tile.queries, T, TT, B * H),)](
+            spatial_kernel[programs(N, tile.queries, T, TT, B * H)](
                 q_median, k_median, v, gate, usable, keys, out, lse, spatial, far,
                 *map(Tensor.stride, (q_median, k_median, v, gate, usable, keys, out, lse, spatial)),
                 H, T, N, float(scale),
@@ -56,7 +56,7 @@ def forward(q, k, v, q_median, k_median, gate, valid, scale) -> tuple[Tensor, Te
                 PRECISION=precision(q.dtype),
                 D=D, DP=config.padded(D), BM=tile.queries, BN=tile.keys,
                 WIDTHS=tile.widths, TT=TT, TV=max(16, triton.next_power_of_2(TT)),
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
+                num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.registers,
             )  # fmt: skip
 
         spatial_pass(T, seen, own=False)
@@ -85,10 +85,10 @@ def backward(
 
     delta, share = numbers(), numbers()
     own = numbers() if kind == BY_POSITION.value else delta
-    tile = config.temporal_tile(T, D, 2048)
-    grid = (programs(N, tile["BP"], T, tile["TQ"], B * H),)
+    tile = config.temporal_tile(T, D, q.dtype, 2048)
+    temporal = programs(N, tile["BP"], T, tile["TQ"], B * H)
     with torch.cuda.device_of(q):
-        temporal_query_kernel[grid](
+        temporal_query_kernel[temporal](
             grad, q, k, v, gate, usable, out, lse, spatial_lse,
             dq, dgate, scaled, delta, share, own,
             *map(Tensor.stride, (
@@ -96,7 +96,7 @@ def backward(
             )),
             H, T, N, float(scale), VALIDITY=kind, MOST=most(q.dtype), D=D, **tile,
         )  # fmt: skip
-        temporal_key_kernel[grid](
+        temporal_key_kernel[temporal](
             grad, q, k, v, usable, lse, delta, dk, dv,
             *map(Tensor.stride, (grad, q, k, v, usable, lse, delta, dk)),
             H, T, N, float(scale), HAS_VALID=kind != NONE.value, D=D, **tile,
@@ -106,11 +106,11 @@ def backward(
         }  # fmt: skip
 
         def spatial_pass(kernel, tile, block, tiles, own, *tensors):
-            kernel[(triton.cdiv(N, block) * tiles * B * H,)](
+            kernel[grid(B * H, tiles, triton.cdiv(N, block))](
                 *tensors, *map(Tensor.stride, tensors), H, T, N, float(scale),
                 OWN=own, **constants, WIDTHS=tile.widths, TT=sum(tile.widths),
                 BM=tile.queries, BN=tile.keys,
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
+                num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.registers,
             )  # fmt: skip
 
         def slots(tile):
@@ -124,16 +124,19 @@ def backward(
                 return share
             return torch.stack([x.sum(1) for x in share.split(sum(tile.widths), 1)], 1)
 
-        shape = D, q.dtype, kind == BY_POSITION.value, capability(q)
+        def tile_of(name, dates, launch):
+            return config.tile(name, dates, D, q.dtype, launch, capability(q))
+
+        launch = int(kind == BY_POSITION.value)
         inputs = q_median, k_median, v
         shared = spatial_lse[:, None].expand(B, T, N, H)
-        tile = config.tile("keys", T, *shape)
+        tile = tile_of("keys", T, launch)
         dk_slots = slots(tile)
         spatial_pass(
             spatial_key_kernel, tile, tile.keys, len(dk_slots), False,
             *inputs, scaled, usable, shared, of_tiles(share, tile), seen, dv, dk_slots,
         )  # fmt: skip
-        tile = config.tile("queries", T, *shape)
+        tile = tile_of("queries", T, launch)
         dq_slots = slots(tile)
         spatial_pass(
             spatial_query_kernel, tile, tile.queries, len(dq_slots), False,
@@ -141,12 +144,12 @@ def backward(
         )  # fmt: skip
         if kind == BY_POSITION.value:
             some = own.isfinite().any(2).view(torch.uint8)
-            tile = config.tile("keys", 1, *shape)
+            tile = tile_of("keys", 1, 2)
             spatial_pass(
                 spatial_key_kernel, tile, tile.keys, 1, True,
                 *inputs, grad, usable, own, delta, some, dv, dk_slots,
             )  # fmt: skip
-            tile = config.tile("queries", 1, *shape)
+            tile = tile_of("queries", 1, 2)
             spatial_pass(
                 spatial_query_kernel, tile, tile.queries, 1, True,
                 *inputs, grad, usable, usable, own, delta, dq_slots,
@@ -192,8 +195,8 @@ def lazy(capability: int) -> bool:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """tf32 where torch's own matrix products may use it, by set_float32_matmul_precision."""
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    """tf32 where torch's own products on GPUs may use it, whichever of its settings says so."""
+    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return "ieee" if exact else "tf32"
 
 
@@ -205,8 +208,8 @@ def capability(x: Tensor) -> int:
     return 10 * major + minor
 
 
-def programs(N: int, block: int, T: int, dates: int, heads: int) -> int:
-    return triton.cdiv(N, block) * triton.cdiv(T, dates) * heads
+def programs(N: int, block: int, T: int, dates: int, heads: int) -> tuple[int]:
+    return grid(heads, triton.cdiv(T, dates), triton.cdiv(N, block))
 
 
 def near(x: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ def spatial_key_kernel(
     dk = dk * scale
     if OWN:
         dk += tl.load(p_dk, mask=m, other=0.0)
+        tl.debug_barrier()  # dk is read and overwritten; threads may hold copies
     tl.store(p_dk, dk, mask=m)
 
 
@@ -230,6 +231,7 @@ def spatial_query_kernel(
     dq = dq * scale
     if OWN:
         dq += tl.load(p_dq, mask=m, other=0.0)
+        tl.debug_barrier()  # dq is read and overwritten; threads may hold copies
     tl.store(p_dq, dq, mask=m)
 
 

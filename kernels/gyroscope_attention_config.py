@@ -1,8 +1,8 @@
 """Tiles of the gyroscope attention kernels: a static table, read by shape class.
 
 tests/ahead_of_time.py holds head dimensions 32 and 64 to no spilled registers and to the limit of
-shared memory; TIMO_AOT=all compiles every class. Known to spill, 100 to 420 bytes: the second
-launches of the backward kernels at head dimensions above 64.
+shared memory; TIMO_AOT=all compiles every class. Known to spill, 8 bytes: float32 with validity by
+position at head dimensions above 64, in the second launch of the kernel of query gradients.
 """
 
 from typing import NamedTuple
@@ -12,52 +12,66 @@ import triton
 
 
 class Tile(NamedTuple):
-    """Launch of a spatial kernel: accumulators by dates, queries x keys, warps, stages."""
+    """Launch of a spatial kernel: accumulators by dates, queries x keys, warps, stages.
+
+    `registers` of a thread, at most; None leaves them to the compiler, which may spill some so that
+    more blocks run side by side.
+    """
 
     widths: tuple[int, ...]
     queries: int
     keys: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
 
 # Kernel, head dimension above 64 -> columns of accumulators that a pass holds (dates times padded
-# head dimension), queries, keys, warps and stages, of 16-bit numbers: first where all dates have
-# the same keys, then with validity by position, whose masks take registers.
+# head dimension), queries, keys, warps, stages and registers, of 16-bit numbers: first where all
+# dates have the same keys, then with validity by position, whose masks take registers, then for its
+# second launches if theirs differ.
 AMPERE = {
-    ("forward", False): ((192, 128, 32, 8, 3), (128, 128, 32, 8, 2)),
+    ("forward", False): ((192, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
     ("forward", True): ((128, 128, 32, 8, 3), (128, 128, 32, 8, 3)),
     ("keys", False): ((64, 32, 128, 8, 2), (64, 32, 128, 8, 2)),
-    ("keys", True): ((128, 16, 128, 8, 2), (128, 16, 128, 8, 2)),
-    ("queries", False): ((320, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
+    ("keys", True): ((128, 16, 128, 8, 2), (128, 16, 128, 8, 2), (128, 16, 64, 8, 2)),
+    ("queries", False): ((320, 128, 64, 8, 2), (96, 128, 32, 8, 2)),
     ("queries", True): ((256, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
 }
 HOPPER = {
     ("forward", False): ((320, 128, 32, 8, 3), (192, 128, 32, 8, 3)),
     ("forward", True): ((256, 128, 32, 8, 3), (128, 128, 32, 8, 3)),
     ("keys", False): ((256, 32, 128, 8, 2), (128, 32, 128, 8, 2)),
-    ("keys", True): ((128, 32, 128, 8, 2), (128, 32, 128, 8, 2)),
+    ("keys", True): ((128, 32, 128, 8, 2), (128, 32, 128, 8, 2), (128, 16, 64, 8, 2)),
     ("queries", False): ((320, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
     ("queries", True): ((256, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
+}
+BLACKWELL = AMPERE | {
+    ("keys", True): ((128, 16, 128, 8, 2), (128, 16, 128, 8, 2), (128, 16, 32, 8, 2)),
+    ("queries", True): ((256, 128, 64, 8, 2, 255), (128, 128, 32, 8, 2), (128, 64, 32, 8, 2)),
 }
 SMALL = {  # 99 KiB of shared memory
     ("forward", False): ((128, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
     ("forward", True): ((128, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
     ("keys", False): ((64, 32, 128, 8, 2), (64, 32, 128, 8, 2)),
-    ("keys", True): ((128, 16, 64, 4, 2), (128, 16, 64, 4, 2)),
+    ("keys", True): ((128, 16, 64, 4, 2), (128, 16, 64, 4, 2), (128, 16, 64, 8, 2)),
     ("queries", False): ((128, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
     ("queries", True): ((128, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
 }
 GENERATIONS = {
-    80: AMPERE, 86: SMALL, 87: AMPERE, 89: SMALL, 90: HOPPER, 100: AMPERE, 110: SMALL,
+    80: AMPERE, 86: SMALL, 87: AMPERE, 89: SMALL, 90: HOPPER, 100: BLACKWELL, 110: SMALL,
 }  # fmt: skip
 SINGLE = {  # float32, exact products on CUDA cores, all capabilities
-    ("forward", False): (64, 32, 32, 8, 1),
-    ("forward", True): (128, 32, 32, 8, 1),
-    ("keys", False): (64, 16, 32, 8, 1),
-    ("keys", True): (128, 32, 32, 8, 1),
-    ("queries", False): (64, 32, 32, 8, 1),
-    ("queries", True): (128, 16, 16, 8, 1),
+    ("forward", False): ((64, 32, 32, 8, 1, 255),),
+    ("forward", True): ((128, 16, 32, 8, 1, 255),),
+    ("keys", False): ((64, 16, 32, 8, 1, 255),),
+    ("keys", True): ((128, 32, 32, 8, 1, 255),),
+    ("queries", False): ((64, 32, 32, 8, 1, 255),),
+    ("queries", True): (
+        (128, 16, 16, 8, 1, 255),
+        (128, 16, 16, 8, 1, 255),
+        (128, 8, 16, 8, 1, 255),
+    ),
 }
 
 
@@ -84,19 +98,26 @@ def widths(dates: int, columns: int, head_dim: int) -> tuple[int, ...]:
 
 
 def tile(
-    kernel: str, dates: int, head_dim: int, dtype: torch.dtype, by_position: bool, capability: int
+    kernel: str, dates: int, head_dim: int, dtype: torch.dtype, launch: int, capability: int
 ) -> Tile:
-    """Tile of the spatial kernel "forward", "keys" or "queries"."""
-    if dtype == torch.float32:
-        columns, *rest = SINGLE[kernel, head_dim > 64]
-    else:
-        table = GENERATIONS[max(c for c in GENERATIONS if c <= capability)]
-        columns, *rest = table[kernel, head_dim > 64][by_position]
+    """Tile of the spatial kernel "forward", "keys" or "queries".
+
+    `launch` is 0 where all dates have the same keys, 1 with validity by position, 2 for the second
+    launch of that.
+    """
+    table = GENERATIONS[max(c for c in GENERATIONS if c <= capability)]
+    entries = (SINGLE if dtype == torch.float32 else table)[kernel, head_dim > 64]
+    columns, *rest = entries[min(launch, len(entries) - 1)]
     return Tile(widths(dates, columns, head_dim), *rest)
 
 
-def temporal_tile(dates: int, head_dim: int, values: int) -> dict[str, int]:
-    """Positions x query dates x padded head dimension = `values`, 128 threads."""
+def temporal_tile(dates: int, head_dim: int, dtype: torch.dtype, values: int) -> dict[str, int]:
+    """Positions x query dates x padded head dimension, and 128 threads.
+
+    That is `values` 16-bit numbers, or half as many of 32 bits, and half of that again for one
+    date, whose keys are as many numbers as its queries.
+    """
     DP = triton.next_power_of_2(head_dim)
     TQ = min(16, triton.next_power_of_2(dates))
-    return {"DP": DP, "TQ": TQ, "BP": max(1, values // (TQ * DP)), "num_warps": 4}
+    values = values * 2 // dtype.itemsize
+    return {"DP": DP, "TQ": TQ, "BP": max(1, values // (max(2, TQ) * DP)), "num_warps": 4}

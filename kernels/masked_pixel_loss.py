@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from timo.kernels.gather_units import V_STRIDES, X_STRIDES, near, physical, validity
+from timo.kernels.launch import grid
 
 EPS = tl.constexpr(1e-6)  # added to the variance, as in timo.ops.masked_pixel_loss
 SIZES = ("T", "H", "W", "M")
@@ -235,7 +236,7 @@ def forward(pred, frames, masked_ids, scale, offset, valid, unit, norm) -> tuple
         usable, numbers, constants = arguments(frames, M, scale, offset, valid, unit)
 
         def launch(loss: bool):
-            loss_kernel[(B * M,)](
+            loss_kernel[grid(B, M)](
                 pred, frames, ids, scale, offset, usable, mean, rstd, sums, counts, *numbers,
                 NORM=norm, LOSS=loss, **constants,
             )  # fmt: skip
@@ -257,7 +258,7 @@ def backward(
     out = empty(pred.shape, pred.dtype, pred)
     with torch.cuda.device_of(pred):
         usable, numbers, constants = arguments(frames, M, scale, offset, valid, unit)
-        loss_backward_kernel[(B * M * triton.cdiv(unit**2, constants["BLOCK"]),)](
+        loss_backward_kernel[grid(B, M, triton.cdiv(unit**2, constants["BLOCK"]))](
             grad, pred, frames, ids, scale, offset, usable, mean, rstd, count, out,
             *numbers, **constants,
         )  # fmt: skip

@@ -11,16 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from timo.kernels.gather_units import near, places
+from timo.kernels.launch import grid
 
 
 @triton.jit
-def rows_and_channels(p_places, b, units, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Units [ROWS] and channels [BLOCK] of this program, the units' places, and both masks."""
-    blocks = tl.cdiv(D, BLOCK)
-    u = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
+def rows_and_channels(p_places, units, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Part of all rows, sample, units [ROWS] and channels [BLOCK] of this program, the units'
+    places, and both masks."""
+    blocks, parts = tl.cdiv(D, BLOCK), tl.cdiv(units, ROWS)
+    part = tl.program_id(0) // blocks
+    b = (part // parts).to(tl.int64)
+    u = part % parts * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     place = tl.load(p_places + b * units + u, mask=u < units, other=-1)
-    return u.to(tl.int64), d, place, u < units, d < D
+    return part.to(tl.int64), b, u.to(tl.int64), d, place, u < units, d < D
 
 
 @triton.jit(do_not_specialize=("K", "units"))
@@ -29,8 +33,7 @@ def scatter_kernel(
     K, units, D, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS units of one sample, BLOCK channels."""
-    b = tl.program_id(1).to(tl.int64)
-    u, d, place, m_u, m_d = rows_and_channels(p_places, b, units, D, ROWS, BLOCK)
+    _, b, u, d, place, m_u, m_d = rows_and_channels(p_places, units, D, ROWS, BLOCK)
     visible = (place >= 0)[:, None]
     m = m_u[:, None] & m_d[None, :]  # [ROWS, BLOCK]
     p_row = p_tokens + (b * K + place)[:, None] * D + d[None, :]
@@ -48,15 +51,13 @@ def scatter_backward_kernel(
     K, units, D, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS units of one sample, BLOCK channels."""
-    b = tl.program_id(1).to(tl.int64)
-    u, d, place, m_u, m_d = rows_and_channels(p_places, b, units, D, ROWS, BLOCK)
+    part, b, u, d, place, m_u, m_d = rows_and_channels(p_places, units, D, ROWS, BLOCK)
     visible = (place >= 0)[:, None]
     m = m_u[:, None] & m_d[None, :]  # [ROWS, BLOCK]
     grad = tl.load(p_grad + (b * units + u)[:, None] * D + d[None, :], mask=m, other=0.0)
     p_row = p_tokens + (b * K + place)[:, None] * D + d[None, :]
     tl.store(p_row, grad, mask=m & visible)
     masked = tl.sum(tl.where(visible, 0.0, grad.to(tl.float32)), 0)  # [BLOCK]
-    part = b * tl.cdiv(units, ROWS) + tl.program_id(0) // tl.cdiv(D, BLOCK)
     tl.store(p_partial + part * D + d, masked, mask=m_d)
 
 
@@ -67,7 +68,7 @@ def forward(tokens, visible_ids, mask_token, position) -> Tensor:
     tokens, ids, mask_token, position = map(near, (tokens, visible_ids, mask_token, position))
     out = torch.empty((B, units, D), dtype=tokens.dtype, device=tokens.device)
     with torch.cuda.device_of(tokens):
-        scatter_kernel[grid(B, units, D)](
+        scatter_kernel[programs(B, units, D)](
             tokens, places(ids, units), mask_token, position, out, K, units, D, **tile(D)
         )
     return out
@@ -81,7 +82,7 @@ def backward(grad, visible_ids, mask_dtype) -> tuple[Tensor, Tensor]:
     parts = B * triton.cdiv(units, tile(D)["ROWS"])
     partial = torch.empty((parts, D), dtype=torch.float32, device=grad.device)
     with torch.cuda.device_of(grad):
-        scatter_backward_kernel[grid(B, units, D)](
+        scatter_backward_kernel[programs(B, units, D)](
             grad, places(ids, units), tokens, partial, K, units, D, **tile(D)
         )
     return tokens, partial.sum(0).to(mask_dtype)
@@ -94,6 +95,6 @@ def tile(D: int) -> dict[str, int]:
     return {"ROWS": 4096 // block, "BLOCK": block, "num_warps": 8}
 
 
-def grid(B: int, units: int, D: int) -> tuple[int, int]:
+def programs(B: int, units: int, D: int) -> tuple[int]:
     config = tile(D)
-    return triton.cdiv(units, config["ROWS"]) * triton.cdiv(D, config["BLOCK"]), B
+    return grid(B, triton.cdiv(units, config["ROWS"]), triton.cdiv(D, config["BLOCK"]))

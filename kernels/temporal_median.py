@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from timo.kernels.launch import grid
+
 
 @triton.jit
 def median_kernel(
@@ -18,8 +20,10 @@ def median_kernel(
     HAS_VALID: tl.constexpr, DATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK channels of one sample; DATES is T rounded up to a power of two."""
-    b = tl.program_id(1).to(tl.int64)
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] of (N, H, D)
+    blocks = tl.cdiv(channels, BLOCK)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    o = first + tl.arange(0, BLOCK)  # [BLOCK] of (N, H, D)
     m = o < channels
     n = o // (H * D)
     p_x += b * x_b + n * x_n + (o // D) % H * x_h + o % D  # [BLOCK]
@@ -47,9 +51,9 @@ def median_kernel(
     middle = ((count - 1) // 2)[None, :]
     # The lowest date whose ranks hold the middle; a NaN among the valid dates comes before.
     holds = m_t & (less <= middle) & (middle < not_more)
-    first = tl.min(tl.where(holds, t, DATES), axis=0)  # [BLOCK]
+    lowest = tl.min(tl.where(holds, t, DATES), axis=0)  # [BLOCK]
     first_nan = tl.min(tl.where(m_t & (x != x), t, DATES), axis=0)
-    index = tl.where(first_nan < DATES, first_nan, first)
+    index = tl.where(first_nan < DATES, first_nan, lowest)
     index = tl.where(count > 0, index, -1).to(tl.int64)
     value = tl.load(p_x + index * x_t, mask=m & (index >= 0), other=0.0)
     tl.store(p_values + b * channels + o, value, mask=m)
@@ -59,8 +63,10 @@ def median_kernel(
 @triton.jit
 def scatter_kernel(p_grad, p_indices, p_out, T, channels, BLOCK: tl.constexpr):
     """One program: BLOCK channels of one sample, written for every date."""
-    b = tl.program_id(1).to(tl.int64)
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(channels, BLOCK)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    o = first + tl.arange(0, BLOCK)
     m = o < channels
     grad = tl.load(p_grad + b * channels + o, mask=m, other=0.0)
     index = tl.load(p_indices + b * channels + o, mask=m, other=-1)
@@ -81,9 +87,8 @@ def forward(x, valid, values, indices) -> None:
     """Fill values and indices from x (B, T, N, H, D), last stride 1, and valid (B, T, N)."""
     B, T, N, H, D = x.shape
     config = forward_config(T)
-    grid = (triton.cdiv(N * H * D, config["BLOCK"]), B)
     with _device(x):
-        median_kernel[grid](
+        median_kernel[grid(B, triton.cdiv(N * H * D, config["BLOCK"]))](
             x, x if valid is None else valid.view(torch.uint8), values, indices,
             N * H * D, H, D, T, *x.stride()[:4], *((0, 0, 0) if valid is None else valid.stride()),
             HAS_VALID=valid is not None, **config,
@@ -95,7 +100,7 @@ def backward(grad, indices, out) -> None:
     B, T = out.shape[:2]
     channels = grad[0].numel()
     with _device(grad):
-        scatter_kernel[(triton.cdiv(channels, 1024), B)](
+        scatter_kernel[grid(B, triton.cdiv(channels, 1024))](
             grad, indices, out, T, channels, BLOCK=1024, num_warps=4
         )
 

@@ -49,7 +49,8 @@ def temporal_median_cases() -> Iterator[tuple]:
         yield label, temporal_median.scatter_kernel, signature, {"BLOCK": 1024}, 4, 3
 
 
-def compile_one(kernel, signature, constants, warps, stages, capability) -> dict:
+def compile_one(capability, kernel, signature, constants, *launch) -> dict:
+    """Of a kernel; `launch` has warps, stages and, if limited, registers."""
     names = list(signature)
     signature = signature | dict.fromkeys(constants, "constexpr")
     # Pointers are 16-byte aligned at run time, and strides in a tuple of i32 multiples of 16;
@@ -62,9 +63,8 @@ def compile_one(kernel, signature, constants, warps, stages, capability) -> dict
             aligned[(i,)] = ALIGNED
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(
-        source, target=target, options={"num_warps": warps, "num_stages": stages}
-    )
+    options = dict(zip(("num_warps", "num_stages", "maxnreg"), launch))
+    compiled = triton.compile(source, target=target, options=options)
     return {**assemble(compiled.asm["ptx"], capability), "shared": compiled.metadata.shared}
 
 
@@ -86,7 +86,7 @@ def assemble(ptx: str, capability: int) -> dict:
 def main(capability: int) -> None:
     cases = (*temporal_median_cases(), *unit_cases(), *gyroscope_cases(capability))
     for label, *case in cases:
-        print(json.dumps({"kernel": label, **compile_one(*case, capability)}), flush=True)
+        print(json.dumps({"kernel": label, **compile_one(capability, *case)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,10 @@ def spatial_cases(dtype, dates, head_dim, kind, own, capability) -> Iterator[tup
         yield spatial_backward_case(dtype, dates, head_dim, kind, own, capability, keys)
 
 
+def launch(kind: int, own: bool) -> int:
+    return 2 if own else int(kind == 2)
+
+
 def common(dtype: str, kind: int, head_dim: int) -> dict:
     return {
         "VALIDITY": kind, "PRECISION": launches.precision(DTYPES[dtype]),
@@ -49,7 +53,7 @@ def common(dtype: str, kind: int, head_dim: int) -> dict:
 
 
 def temporal_case(dtype, dates, head_dim, has_valid) -> tuple:
-    tile = config.temporal_tile(dates, head_dim, 4096)
+    tile = config.temporal_tile(dates, head_dim, DTYPES[dtype], 4096)
     x = f"*{dtype}"
     signature = {
         "p_q": x, "p_k": x, "p_v": x, "p_valid": "*u8", "p_out": x, "p_lse": "*fp32",
@@ -63,7 +67,7 @@ def temporal_case(dtype, dates, head_dim, has_valid) -> tuple:
 
 
 def spatial_case(dtype, dates, head_dim, kind, own, capability) -> tuple:
-    tile = config.tile("forward", dates, head_dim, DTYPES[dtype], kind == 2, capability)
+    tile = config.tile("forward", dates, head_dim, DTYPES[dtype], launch(kind, own), capability)
     x = f"*{dtype}"
     TT = sum(tile.widths)
     signature = {
@@ -79,11 +83,11 @@ def spatial_case(dtype, dates, head_dim, kind, own, capability) -> tuple:
         "WIDTHS": tile.widths, "TT": TT, "TV": max(16, 1 << (TT - 1).bit_length()),
     }  # fmt: skip
     label = f"gyroscope spatial T={dates} D={head_dim} {dtype} validity={kind} own={own} {tile}"
-    return label, forward.spatial_kernel, signature, constants, tile.num_warps, tile.num_stages
+    return label, forward.spatial_kernel, signature, constants, *tile[3:]
 
 
 def temporal_backward_cases(dtype, dates, head_dim, kind) -> list[tuple]:
-    tile = config.temporal_tile(dates, head_dim, 2048)
+    tile = config.temporal_tile(dates, head_dim, DTYPES[dtype], 2048)
     warps = tile.pop("num_warps")
     x = f"*{dtype}"
     sizes = {"H": "i32", "T": "i32", "N": "i32", "scale": "fp32"}
@@ -118,7 +122,7 @@ def temporal_backward_cases(dtype, dates, head_dim, kind) -> list[tuple]:
 def spatial_backward_case(dtype, dates, head_dim, kind, own, capability, keys) -> tuple:
     """Of `spatial_key_kernel` (keys) or `spatial_query_kernel`."""
     name = "keys" if keys else "queries"
-    tile = config.tile(name, dates, head_dim, DTYPES[dtype], kind == 2, capability)
+    tile = config.tile(name, dates, head_dim, DTYPES[dtype], launch(kind, own), capability)
     x = f"*{dtype}"
     signature = {"p_qm": x, "p_km": x, "p_v": x, "p_do": x, "p_valid": "*u8"}
     strides = {
@@ -140,4 +144,4 @@ def spatial_backward_case(dtype, dates, head_dim, kind, own, capability, keys) -
         "WIDTHS": tile.widths, "TT": sum(tile.widths),
     }  # fmt: skip
     label = f"gyroscope spatial {name} backward T={dates} D={head_dim} {dtype} validity={kind} "
-    return f"{label}own={own} {tile}", kernel, signature, constants, tile.num_warps, tile.num_stages
+    return f"{label}own={own} {tile}", kernel, signature, constants, *tile[3:]

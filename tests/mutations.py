@@ -29,6 +29,15 @@ TRITON_GATHER = (INTERPRET, GATHER[0], "-k", "(parity or gradient) and triton")
 TRITON_SCATTER = (INTERPRET, SCATTER[0], "-k", "parity and triton")
 TRITON_LOSS = (INTERPRET, LOSS[0], "-k", "parity and triton and date")
 
+EMULATED = "tests/ops/test_cuda_emulated.py"
+CUDA_GATHER = (EMULATED, "-k", "gather_units and not random")
+CUDA_SCATTER = (EMULATED, "-k", "scatter_units and not random")
+CUDA_LOSS = (EMULATED, "-k", "masked_pixel_loss")
+CUDA_MEDIAN = (EMULATED, "-k", "test_temporal_median")
+CUDA_ORDER = (EMULATED, "-k", "every_order")
+CUDA_FENCES = (EMULATED, "-k", "beside")
+CUDA_MILLION = (EMULATED, "-k", "million")
+
 ATTENTION = "csrc/cpu/gyroscope_attention"
 
 
@@ -123,8 +132,8 @@ MUTANTS = [
     Mutant(
         "cpp: last channel of a tail is lost",
         f"{ATTENTION}_kernel.h",
-        "for (int64_t i = 0; i < count; ++i) part[i] = widen_flushed(p[i]);",
-        "for (int64_t i = 0; i + 1 < count; ++i) part[i] = widen_flushed(p[i]);",
+        "for (int64_t i = 0; i < count; ++i) part[i] = widen(p[i]);",
+        "for (int64_t i = 0; i + 1 < count; ++i) part[i] = widen(p[i]);",
         CPP_FUZZ,
     ),
     Mutant(
@@ -428,6 +437,104 @@ MUTANTS = [
         "factor = 2.0 *",
         "factor = 1.0 *",
         TRITON_LOSS,
+    ),
+    Mutant(
+        "cuda: no barrier between finding the neighbours and using them",
+        "csrc/cuda/gather_units.cu",
+        "left, unit, u.W, window.above, p.j, S);\n  __syncthreads();\n",
+        "left, unit, u.W, window.above, p.j, S);\n",
+        CUDA_GATHER,
+    ),
+    Mutant(
+        "cuda: halo on the wrong side",
+        "csrc/cuda/gather_units.cu",
+        "left = p.j * u.unit - a.before;",
+        "left = p.j * u.unit - a.after;",
+        CUDA_GATHER,
+    ),
+    Mutant(
+        "cuda: gradient misses the tiles below",
+        "csrc/cuda/gather_units.cu",
+        "r <= (y + before) / unit; ++r)",
+        "r <= y / unit; ++r)",
+        CUDA_GATHER,
+    ),
+    Mutant(
+        "cuda: a token goes one place too far",
+        "csrc/cuda/scatter_units.cu",
+        "k = first + __ffs(votes) - 1;",
+        "k = first + __ffs(votes);",
+        CUDA_SCATTER,
+    ),
+    Mutant(
+        "cuda: the last row of a chunk is lost",
+        "csrc/cuda/scatter_units.cu",
+        "min(a.B * a.L - first, int64_t{chunk}));",
+        "min(a.B * a.L - first, int64_t{chunk - 1}));",
+        CUDA_SCATTER,
+    ),
+    Mutant(
+        "cuda: lanes beyond the ids read and vote",
+        "csrc/cuda/scatter_units.cu",
+        "const bool here = first + lane < a.K && a.ids",
+        "const bool here = a.ids",
+        CUDA_FENCES,
+    ),
+    Mutant(
+        "cuda: sums of a block overwrite the last ones",
+        "csrc/cuda/units.h",
+        "  __syncthreads();  // the last sum has been read\n",
+        "",
+        CUDA_ORDER,
+    ),
+    Mutant(
+        "cuda: ids that no frame has are looked up",
+        "csrc/cuda/units.h",
+        "const bool known = id >= 0 && id < grid.units;",
+        "const bool known = true;",
+        CUDA_FENCES,
+    ),
+    Mutant(
+        "cuda: vectors at any address",
+        "csrc/cuda/masked_pixel_loss.cu",
+        "aligned(u.frames, 4 * sizeof(Stored)) &&",
+        "",
+        CUDA_FENCES,
+    ),
+    Mutant(
+        "cuda: variance by the count",
+        "csrc/cuda/masked_pixel_loss.cu",
+        "squares / max(count - 1, 1) +",
+        "squares / max(count, 1) +",
+        CUDA_LOSS,
+    ),
+    Mutant(
+        "cuda: gradient at invalid pixels",
+        "csrc/cuda/masked_pixel_loss.cu",
+        "four.ok[v] ? error * factor : 0.0f",
+        "error * factor",
+        CUDA_LOSS,
+    ),
+    Mutant(
+        "cuda: equal squares are all rounded alike",
+        "csrc/cuda/masked_pixel_loss.cu",
+        "const float term = x - excess,",
+        "const float term = x,",
+        CUDA_MILLION,
+    ),
+    Mutant(
+        "cuda: upper median of an even count",
+        "csrc/cuda/temporal_median.cu",
+        "middle = (count - 1) / 2;",
+        "middle = count / 2;",
+        CUDA_MEDIAN,
+    ),
+    Mutant(
+        "cuda: the gradient goes to the date before",
+        "csrc/cuda/temporal_median.cu",
+        "chosen == t ? grad[i]",
+        "chosen == t + 1 ? grad[i]",
+        CUDA_MEDIAN,
     ),
 ]
 

@@ -76,7 +76,7 @@ def test_fault_is_found(mutant: Mutant, copy):
     module = next((copy / "timo").glob("_C*.so"), None)
     try:
         path.write_text(text.replace(mutant.old, mutant.new))
-        if mutant.file.startswith("csrc"):
+        if mutant.file.startswith("csrc/cpu"):
             build(copy, mutant)
         done = run(copy, mutant.tests)
         # 1: tests failed. Below 0: the process crashed, as a wrong address may have it.
@@ -85,5 +85,5 @@ def test_fault_is_found(mutant: Mutant, copy):
         )
     finally:
         path.write_text(text)
-        if mutant.file.startswith("csrc"):
+        if mutant.file.startswith("csrc/cpu"):
             shutil.copy(REPOSITORY / "timo" / module.name, module)

@@ -96,23 +96,13 @@ inline List list_positions(const GyroscopeArgs& a, int64_t b, Index* out) {
   return {out, count};
 }
 
-// Widening that denormal inputs survive while denormals are flushed: those of float16 are far from
-// negligible, those of bfloat16 are.
-inline float widen_flushed(float x) { return x; }
-inline float widen_flushed(bf16 x) { return widen(x); }
-inline float widen_flushed(f16 x) {
-  if (x.bits & 0x7c00) return widen(x);
-  const float magnitude = static_cast<float>(x.bits & 0x3ff) * 0x1p-24f;
-  return x.bits & 0x8000 ? -magnitude : magnitude;
-}
-
 // Gates are scalars of a dtype of their own.
 inline float load_scalar(const Strided& x, Dtype dtype, int64_t b, int64_t t, int64_t n,
                          int64_t h) {
   switch (dtype) {
     case Dtype::f32: return *at<float>(x, b, t, n, h);
     case Dtype::f64: return static_cast<float>(*at<double>(x, b, t, n, h));
-    case Dtype::f16: return widen_flushed(*at<f16>(x, b, t, n, h));
+    case Dtype::f16: return widen(*at<f16>(x, b, t, n, h));
     case Dtype::bf16: return widen(*at<bf16>(x, b, t, n, h));
   }
   return 0;

@@ -53,7 +53,7 @@ template <class Stored>
 TIMO_INLINE F load_part(const Stored* p, int64_t count) {
   if (count >= lanes) return Tier::load(p);
   alignas(64) float part[lanes] = {};
-  for (int64_t i = 0; i < count; ++i) part[i] = widen_flushed(p[i]);
+  for (int64_t i = 0; i < count; ++i) part[i] = widen(p[i]);
   return Tier::load(part);
 }
 

@@ -19,7 +19,7 @@ struct Tier {
   template <class Stored>
   static F load(const Stored* p) {
     F x;
-    for (int i = 0; i < lanes; ++i) x[i] = widen_flushed(p[i]);
+    for (int i = 0; i < lanes; ++i) x[i] = widen(p[i]);
     return x;
   }
   template <class Stored>

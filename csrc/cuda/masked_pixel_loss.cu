@@ -63,15 +63,29 @@ struct Mean {
   }
 };
 
+// A sum that takes off what rounding added: frames hold few different numbers, and equal terms are
+// all rounded the same way, in all threads.
+struct Sum {
+  float value = 0, excess = 0;
+  __device__ void add(float x) {
+    const float term = x - excess, next = value + term;
+    excess = (next - value) - term;
+    value = next;
+  }
+};
+
 // About a mean that has been rounded; `rest` is what takes the rounding off again.
 struct Squares {
-  float mean, sum = 0, rest = 0;
+  float mean;
+  Sum sum, rest;
   __device__ void operator()(const Four& four) {
+    float squares = 0, deviations = 0;
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
       const float d = four.y[v] - mean;
-      if (four.ok[v]) sum += d * d, rest += d;
+      if (four.ok[v]) squares += d * d, deviations += d;
     }
+    sum.add(squares), rest.add(deviations);
   }
 };
 
@@ -126,8 +140,8 @@ __global__ void __launch_bounds__(threads)
     mean = block_sum(sum.sum) / max(count, 1);
     Squares spread{mean};
     each_four<Stored>(a, n, p, vector, spread);
-    const float rest = block_sum(spread.rest), shift = rest / max(count, 1);
-    const float squares = max(block_sum(spread.sum) - rest * shift, 0.0f);
+    const float rest = block_sum(spread.rest.value), shift = rest / max(count, 1);
+    const float squares = max(block_sum(spread.sum.value) - rest * shift, 0.0f);
     mean += shift;
     rstd = __frsqrt_rn(squares / max(count - 1, 1) + static_cast<float>(variance_eps));
     if (first) part.count = count, part.mean = mean, part.squares = squares;

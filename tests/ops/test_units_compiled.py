@@ -10,7 +10,7 @@ from tests.ops.test_masked_pixel_loss import loop as loss_loop
 from tests.ops.test_masked_pixel_loss import make as make_loss
 from tests.ops.test_scatter_units import make as make_scatter
 from tests.tolerance import assert_close
-from timo.ops import dispatch, gather_units, masked_pixel_loss, scatter_units
+from timo.ops import dispatch, gather_units, masked_pixel_loss, scatter_units, temporal_median
 from timo.ops.gather_units import HALF_AND_SINGLE, NARROW
 
 FAR = 2**31 + 64
@@ -219,6 +219,36 @@ def test_any_number_of_threads_gives_the_same_bits():
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+
+
+@pytest.fixture
+def flushed():
+    """Subnormal float32 numbers are 0 in this thread."""
+    torch.set_flush_denormal(True)
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("tier", tiers.OF_ALL_OPS)
+def test_small_float16_numbers_stay_where_subnormals_are_flushed(tier, flushed):
+    """Those below 2^-14 are subnormal in float16, not in float32."""
+    every = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    every = torch.where(every.isfinite(), every, 0).view(1, 1, 1, 256, 256)
+    small = torch.arange(1.0, 1025.0).view(1, 1, 1024).mul(2.0**-24).half()
+    ids, zeros = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(2, 1024)
+    with tiers.forced(tier):
+        tiles = gather_units(every, ids, unit=256, halo=(0, 0), dtype=torch.float32, backend="cpp")
+        sequence = scatter_units(small, ids, zeros[0], zeros, backend="cpp")
+        pred = small.clone().requires_grad_()
+        frames = torch.zeros(1, 1, 1, 32, 32, dtype=torch.uint8)
+        loss = masked_pixel_loss(pred, frames, ids, backend="cpp")
+        (grad,) = torch.autograd.grad(loss, pred, torch.tensor(512.0))
+        values, indices = temporal_median(small.view(1, 1024, 1, 1, 1), backend="cpp")
+    assert torch.equal(tiles.flatten(), every.flatten().double().float())
+    assert torch.equal(sequence[0, 0], small[0, 0]) and not sequence[0, 1].any()
+    assert_close(loss.detach(), small.double().square().mean())
+    assert torch.equal(grad, small)
+    assert values.item() == small[0, 0, 511] and indices.item() == 511
 
 
 @pytest.mark.parametrize("tier", tiers.OF_ALL_OPS)
