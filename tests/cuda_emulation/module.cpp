@@ -8,6 +8,8 @@ namespace timo {
 
 int isa_level() { return 0; }
 void cap_isa(int) {}
+bool emulate_amx(bool) { return false; }
+void poison_workspace(bool) {}
 
 void temporal_median_cpu(const MedianArgs& a, Dtype dtype) {
   temporal_median_cuda(a, dtype, nullptr);
