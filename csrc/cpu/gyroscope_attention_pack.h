@@ -10,7 +10,7 @@ namespace {
 struct __attribute__((packed, may_alias)) Pair {
   float both;
 };
-inline float widen_flushed(Pair x) { return x.both; }
+inline float widen(Pair x) { return x.both; }
 
 // How an input is read as operands.
 template <class Stored>
