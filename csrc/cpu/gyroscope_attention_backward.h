@@ -111,11 +111,6 @@ struct BackwardScratch {
     }
   }
 
-  // Before first use. What fills up operands is multiplied, by zeros, and so must be finite.
-  void clear(int64_t D) const {
-    temporal.spare.clear(D);
-    std::fill_n(dE_along, query_block * dE_step, 0.f);
-  }
 };
 
 // One block of queries against one panel of keys; `seen` is null where all dates use all keys.
@@ -249,7 +244,8 @@ void load_keys(const GyroscopeArgs& a, const BackwardScratch& w, int64_t b, int6
   }
 }
 
-// The transpose of `count` rows of channels, for sums over them; rows that fill it up are 0.
+// The transpose of `count` rows of channels, for sums over them. Channels that fill it up are 0;
+// rows that do repeat the last one.
 inline void turn(const float* from, int64_t step, int64_t count, int64_t channels,
                  const Across& to) {
   for (int64_t i = 0; i < count; i += pair * lanes) {
@@ -329,6 +325,8 @@ void backward_task(const GyroscopeArgs& a, const BackwardPlan& plan, const Backw
   const int64_t panels = (keys.count + width - 1) / width;
   const int64_t tiles = (dates.count + plan.dates - 1) / plan.dates;
   std::fill_n(w.dkT, panels * w.dk_size, 0.f);
+  // What fills up operands is multiplied, by zeros: it must not be another sample's NaN.
+  std::fill_n(w.dE_along, query_block * w.dE_step, 0.f);
   for (int64_t part = 0; part < tiles; ++part) {
     const int64_t from = part * plan.dates;
     const List own{dates.at + from, std::min(plan.dates, dates.count - from)};
@@ -404,7 +402,7 @@ void backward(const GyroscopeArgs& a) {
       [[maybe_unused]] const Tier::Session session;
       Carve carve{space.part(omp_get_thread_num())};
       const BackwardScratch w(a, plan, carve);
-      w.clear(a.D);
+      w.temporal.spare.clear(a.D);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < heads * ((a.N + lanes - 1) / lanes); ++i) {
         const int64_t head = i % heads, bh = first + head;

@@ -218,48 +218,6 @@ void pack_block(const GyroscopeArgs& a, int64_t b, int64_t h, List keys, List da
     std::fill_n(w.values + c * w.value_step, key_block / pair, 0.f);
 }
 
-// A block of keys, and their values at `dates` with as many columns more where there are `masks`.
-template <class Stored>
-void pack_block(const GyroscopeArgs& a, int64_t b, int64_t h, List keys, List dates, bool masks,
-                int64_t columns, const ForwardScratch& w) {
-  const int64_t D = a.D, used = dates.count * D;
-  const auto* zeros = reinterpret_cast<const Stored*>(w.spare.zeros);
-  for (int64_t i = 0; i < round_up(keys.count, group); ++i) {
-    const int64_t m = keys.at[std::min(i, keys.count - 1)];
-    pack_row(at<Stored>(a.k_median, b, 0, m, h), D, w.keys + i * w.key_step);
-  }
-  auto seen = [&](int64_t j, int64_t i) {
-    return i < keys.count && (!masks || usable(a, b, dates.at[j], keys.at[i]));
-  };
-  auto value = [&](int64_t j, int64_t i) {
-    return seen(j, i) ? at<Stored>(a.v, b, dates.at[j], keys.at[i], h) : zeros;
-  };
-  if constexpr (pair == 1) {
-    for (int64_t i = 0; i < keys.count; ++i) {
-      float* to = w.values + i * w.value_step;
-      for (int64_t j = 0; j < dates.count; ++j) load_row(value(j, i), D, to + j * D);
-      std::fill(to + used, to + columns, 0.f);
-      for (int64_t j = 0; masks && j < dates.count; ++j) to[used + j] = seen(j, i);
-    }
-  } else {
-    for (int64_t i = 0; i < keys.count; i += pair * lanes) {
-      float* to = w.values + i / pair;
-      for (int64_t j = 0; j < dates.count; ++j) {
-        const Stored* row[pair * lanes];
-        for (int64_t l = 0; l < pair * lanes; ++l) row[l] = value(j, i + l);
-        pack_across(row, D, to + j * D * w.value_step, w.value_step);
-        if (!masks) continue;
-        alignas(64) float mask[pair][lanes];
-        for (int64_t l = 0; l < pair * lanes; ++l) mask[l % pair][l / pair] = seen(j, i + l);
-        Tier::store(to + (used + j) * w.value_step,
-                    Tier::zip(Tier::load(mask[0]), Tier::load(mask[pair - 1])));
-      }
-      for (int64_t c = masks ? used + dates.count : used; c < columns; ++c)
-        Tier::store(to + c * w.value_step, F{});
-    }
-  }
-}
-
 // Sums over `keys` for `queries` and `dates`; with `masks`, only the keys that each date can use, and
 // their mass beside the values.
 template <class Stored>

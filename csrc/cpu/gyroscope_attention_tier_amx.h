@@ -62,7 +62,9 @@ struct Tier : Bf16 {
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     };
     Session() {
+      static_assert(sizeof(Config) == 64);
       const Config config;
+      fence();  // gcc 12 takes the instruction to read 8 bytes
       _tile_loadconfig(&config);
     }
     ~Session() { _tile_release(); }

@@ -248,6 +248,27 @@ def test_threads_change_no_bit(dtype, kind):
         assert all(map(torch.equal, results[0], other))
 
 
+@pytest.mark.parametrize("dtype", [SINGLE, torch.bfloat16])
+def test_nan_stays_in_its_sample(dtype, tier):
+    """A thread that has seen NaN goes on to samples without, of fewer positions."""
+    arguments, cotangent = problem((2, 1, 40, 1, 8), dtype=dtype, seed=11)
+    valid = torch.ones(2, 1, 40, dtype=torch.bool)
+    valid[1, :, 10:] = False
+    arguments[6] = valid
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        clean = evaluate("cpp", arguments, cotangent)
+        arguments[2] = arguments[2].clone()
+        arguments[2][0, 0, 25] = torch.nan
+        spoilt = evaluate("cpp", arguments, cotangent)
+    finally:
+        torch.set_num_threads(threads)
+    assert spoilt[0][0].isnan().any()
+    for name, x, y in zip(NAMES, spoilt, clean):
+        assert torch.equal(x[1], y[1]), name
+
+
 def test_denormal_numbers_work_as_before():
     """The kernels flush them while they run, in every thread."""
     evaluate("cpp", *problem((1, 3, 100, 2, 32)))

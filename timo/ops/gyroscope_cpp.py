@@ -2,10 +2,10 @@
 
 The kernels take any strides but for the channels, which must lie side by side, and channels in
 multiples of 8; other inputs are copied. Products of bfloat16 are those of AMX tiles or, on AMD's
-CPUs, of AVX512-BF16, where weights are rounded to bfloat16 too; other products, and all sums, are
-float32. Results do not depend on the number of threads. The workspace stays below 64 MB as long as
-4 N (D + 2T) bytes, what the backward holds of one head, are below 28 MB: up to N = 140,000 for
-D = 32 and T = 10.
+CPUs, of AVX512-BF16; factors that are formed inside, weights, their gradients and weighted
+cotangents, are then rounded to bfloat16. Other products, and all sums, are float32. Results do not
+depend on the number of threads. The workspace stays below 64 MB as long as 4 N (D + 2T) bytes, what
+the backward holds of one head, are below 28 MB: up to N = 140,000 for D = 32 and T = 10.
 """
 
 import torch
