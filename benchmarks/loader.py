@@ -7,8 +7,9 @@ dates, windows at random places.
 
 `copy` is the floor: the same windows copied by NumPy from the store's memory-mapped shards into
 memory that is used again, by as many processes (one where the loader has none). It and the loader
-take turns, and a share is the median over the turns of one rate over the other. Cold: the system
-has forgotten the files' pages, and every location is read once.
+take turns, and a share is the median over the turns of one rate over the other. Starting and
+ending the processes counts for neither. Cold: the system has forgotten the files' pages, and every
+location is read once.
 """
 
 import argparse
