@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from tests.models.oracle import assert_same
+from tests.tolerance import assert_close
 from timo.layers import PatchMerging, Stem
 
 
@@ -39,3 +40,21 @@ def test_merging_pads_each_map_with_zeros():
     padded = nn.functional.pad(x.movedim(-1, 1), (1, 1, 1, 1))
     corner = (padded[:, None, :, 4:7, 6:9] * merging.proj.weight).sum((2, 3, 4)) + merging.proj.bias
     assert_same(got[:, 2, 3], merging.norm(corner))
+
+
+def test_small_maps_compile_to_the_same_gradients():
+    """By Inductor's own code, whose gradient of windows that overlap was wrong."""
+    torch.compiler.reset()
+
+    def run(dtype, compiled=False):
+        torch.manual_seed(0)
+        layer = PatchMerging(32, 32)
+        x, cotangent = torch.randn(12, 2, 2, 32), torch.randn(12, 1, 1, 32)
+        layer, x = layer.to(dtype), x.to(dtype).requires_grad_()
+        run = torch.compile(layer, fullgraph=True) if compiled else layer
+        out = run(nn.functional.layer_norm(x, (32,)))
+        return out, *torch.autograd.grad(out, (x, *layer.parameters()), cotangent.to(dtype))
+
+    results = run(torch.float32, compiled=True), run(torch.float64), run(torch.float32)
+    for got, exact, plain in zip(*results):
+        assert_close(got, exact, plain)
