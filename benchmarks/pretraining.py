@@ -25,7 +25,7 @@ from . import harness, report
 from .dense_mae import DenseAutoencoder
 
 SIZE, BANDS, RATIO = 224, 3, 0.75
-OPTIONS: dict = {}  # of the models, beside their names
+OPTIONS: dict = {"stem_statistics": "all"}  # of the models, as the pretraining task has them
 PHASES = ("data", "gather and stem", "encoder", "decoder", "loss", "optimiser")
 DENSE, FUSED, FAST, COMPILED = "dense published", "dense, fused attention", "fast", "fast, compiled"
 ROUNDING = 1e-4  # of the loss, in float32

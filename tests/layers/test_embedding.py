@@ -1,9 +1,10 @@
 """Stem and patch merging."""
 
 import torch
-from torch import nn
+from torch import multiprocessing, nn
 
 from tests.models.oracle import assert_same
+from tests.tolerance import assert_close
 from timo.layers import PatchMerging, Stem
 
 
@@ -39,3 +40,27 @@ def test_merging_pads_each_map_with_zeros():
     padded = nn.functional.pad(x.movedim(-1, 1), (1, 1, 1, 1))
     corner = (padded[:, None, :, 4:7, 6:9] * merging.proj.weight).sum((2, 3, 4)) + merging.proj.bias
     assert_same(got[:, 2, 3], merging.norm(corner))
+
+
+def compiled_small_maps(rank: int) -> None:
+    torch.set_num_threads(2)
+
+    def run(dtype, compiled=False):
+        torch.manual_seed(0)
+        chain = nn.Sequential(nn.LayerNorm(32, elementwise_affine=False), PatchMerging(32, 32))
+        x, cotangent = torch.randn(12, 2, 2, 32), torch.randn(12, 1, 1, 32)
+        chain, x = chain.to(dtype), x.to(dtype).requires_grad_()
+        function = torch.compile(chain, fullgraph=True) if compiled else chain
+        for _ in range(30 if compiled else 1):
+            out = function(x)
+            grads = torch.autograd.grad(out, (x, *chain.parameters()), cotangent.to(dtype))
+        return out, *grads
+
+    results = run(torch.float32, compiled=True), run(torch.float64), run(torch.float32)
+    for got, exact, plain in zip(*results):
+        assert_close(got, exact, plain)
+
+
+def test_small_maps_compiled_by_inductor():
+    """The gradient of overlapping `unfold`s writes outside of its buffers with two threads."""
+    multiprocessing.spawn(compiled_small_maps, nprocs=1)  # which that would end

@@ -69,8 +69,13 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] * x.shape[2] <= SMALL:
-            x = F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(1, 3, 2).unfold(2, 3, 2)
-            x = linear(x.flatten(3), self.proj.weight.flatten(1), self.proj.bias)
+            # Not Tensor.unfold: Inductor compiles the gradient of overlapping windows on CPUs to
+            # writes outside of its buffers (torch 2.13).
+            h, w = x.shape[1:3]
+            x = F.pad(x, (0, 0, 1, 1, 1, 1))
+            windows = [x[:, i : i + h : 2, j : j + w : 2] for i in range(3) for j in range(3)]
+            x = torch.stack(windows, -1).flatten(3)  # [M, ceil(h/2), ceil(w/2), 9C]
+            x = linear(x, self.proj.weight.flatten(1), self.proj.bias)
         else:
             x = self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels last in memory
         return self.norm(x)

@@ -91,7 +91,8 @@ class MaskedAutoencoder(nn.Module):
         decoder_embed_dim, decoder_num_heads, decoder_depth: of the decoder.
         pixel_norm: normalisation of the target, see `timo.ops.masked_pixel_loss`.
         stem_statistics: in training mode, batch statistics of the stem over the positions of
-            "visible" units, or of "all" the masked frames as in the published code.
+            "visible" units, or of "all" the masked frames as in the published code, which learned
+            faster (docs/training.md). Either is computed from visible units alone.
     """
 
     def __init__(

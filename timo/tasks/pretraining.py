@@ -15,8 +15,9 @@ from timo.tasks.base import SeriesTask
 class PretrainingTask(SeriesTask):
     """Pretrain on unlabelled series by reconstructing masked units (paper: pretraining).
 
-    Defaults follow the published recipe but for the target: each unit is normalised by itself
-    ("patch"), which does not depend on what else is in the batch.
+    Defaults follow the published recipe, the stem's batch statistics ("all") included, but for the
+    target: each unit is normalised by itself ("patch"), which does not depend on what else is in
+    the batch. `model_options` may say otherwise.
 
     Args:
         bands, mean, deviation, scale, offset, model, model_options: see SeriesTask.
@@ -54,7 +55,7 @@ class PretrainingTask(SeriesTask):
         )  # fmt: skip
         self.model = create_model(
             model, task="mae", in_chans=len(self.bands),
-            **{"pixel_norm": "patch"} | self.model_options,
+            **{"pixel_norm": "patch", "stem_statistics": "all"} | self.model_options,
         )  # fmt: skip
         visible_count(2, mask_ratio)  # raises where it is out of range
         if masking not in STRATEGIES:
