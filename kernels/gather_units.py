@@ -185,7 +185,7 @@ def backward(grad, ids, scale, valid, dates, height, width, unit, before, after,
             grad, where, scale, usable, out,
             C, dates, height, width, K, *strides,
             HAS_SCALE=scale is not None, HAS_VALID=valid is not None,
-            UNIT=unit, BEFORE=before, AFTER=after, **bands(C),
+            UNIT=unit, BEFORE=before, AFTER=after, **bands(C), maxnreg=backward_registers(unit),
         )  # fmt: skip
     return out
 
@@ -216,6 +216,11 @@ def near(x: Tensor | None) -> Tensor | None:
 def bands(C: int) -> dict[str, int]:
     """Tile of (bands, pixels): up to 16 values a thread, that many loads in flight."""
     return {"BANDS": min(4, triton.next_power_of_2(C)), "BLOCK": PIXELS, "num_warps": 4}
+
+
+def backward_registers(unit: int) -> int | None:
+    """Limit for units whose divisions are multiplications; else the compiler would spill some."""
+    return 64 if unit & (unit - 1) else None
 
 
 def unit_count(dates: int, height: int, width: int, unit: int) -> int:

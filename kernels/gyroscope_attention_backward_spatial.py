@@ -236,6 +236,26 @@ def spatial_query_kernel(
 
 
 @triton.jit
+def rows_by_rows(a, b, acc, PRECISION: tl.constexpr):
+    """acc [M, N] and the products of the rows of a [M, K] and b [N, K].
+
+    Exact ones of K > 64 come in two halves, even and odd columns: CUDA cores take all of K into
+    registers, and two operands of 128 leave none.
+    """
+    M: tl.constexpr = a.shape[0]
+    N: tl.constexpr = b.shape[0]
+    K: tl.constexpr = a.shape[1]
+    if PRECISION == "ieee" and K > 64:
+        a0, a1 = tl.split(tl.reshape(a, [M, K // 2, 2]))
+        b0, b1 = tl.split(tl.reshape(b, [N, K // 2, 2]))
+        acc = tl.dot(a0, tl.trans(b0), acc, input_precision=PRECISION)
+        acc = tl.dot(a1, tl.trans(b1), acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def query_tile(
     dq, q, tile, block, p_km, p_v, p_do, p_valid, p_seen, p_reference, p_delta,
     km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, T, N, scale,
@@ -270,7 +290,7 @@ def query_tile(
             m_c = tl.load(p_seen + c.to(tl.int64) * seen_s[2], mask=c < N, other=0) != 0
         k = tl.load(p_km + o_k, mask=(c < N)[:, None] & (d < D)[None, :], other=0.0)
         p_km += BN * km_s[1]
-        e = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * BITS)
+        e = rows_by_rows(q, k, tl.zeros([BM, BN], tl.float32), PRECISION) * (scale * BITS)
         # Without the mask a key beyond the end has energy 0, and its weight can be infinite.
         p = tl.where(m_c[None, :], tl.exp2(e - reference[:, None]), 0.0)  # [BM, BN]
         dp = tl.zeros([BM, BN], tl.float32)
@@ -278,7 +298,7 @@ def query_tile(
         for i in tl.static_range(len(WIDTHS)):
             p_s, m_s = date_columns(p_v, start, s, v_s[1], v_s[2], T, N, BN, WIDTHS[i], D, DP)
             v = tl.load(p_s, mask=m_s, other=0.0)
-            dp = tl.dot(own[i], tl.trans(v), dp, input_precision=PRECISION)
+            dp = rows_by_rows(own[i], v, dp, PRECISION)
             if VALIDITY == BY_POSITION and not OWN:
                 p_c = p_valid + c.to(tl.int64) * valid_s[2]
                 dp = less_deltas(

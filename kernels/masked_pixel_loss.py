@@ -278,18 +278,21 @@ def arguments(frames, M, scale, offset, valid, unit) -> tuple[Tensor | None, tup
     numbers = (C, T, H, W, M, *(s // step for s in frames.stride()[:4]), frames.stride(4), *strides)
     constants = {
         "STEP": step, "HAS_SCALE": scale is not None, "HAS_OFFSET": offset is not None,
-        "HAS_VALID": valid is not None, "UNIT": unit, **tile(C, unit),
+        "HAS_VALID": valid is not None, "UNIT": unit, **tile(C, unit, step),
     }  # fmt: skip
     return usable, numbers, constants
 
 
-def tile(C: int, unit: int) -> dict[str, int]:
+def tile(C: int, unit: int, step: int) -> dict[str, int | None]:
     """Tile of (bands, pixels): up to 8 values a thread, that many loads in flight.
 
-    Known to spill, 16 bytes: 16-bit frames and predictions with STEP 1 on sm_80 (TIMO_AOT=all).
+    Of rows that are not aligned, addresses take so many registers that the compiler would spill
+    some for another block side by side; with a limit of its own it does not.
     """
     bands, block = min(4, triton.next_power_of_2(C)), min(512, triton.next_power_of_2(unit**2))
-    return {"BANDS": bands, "BLOCK": block, "num_warps": max(1, bands * block // 256)}
+    warps = max(1, bands * block // 256)
+    registers = 128 if step == 1 else None
+    return {"BANDS": bands, "BLOCK": block, "num_warps": warps, "maxnreg": registers}
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:

@@ -65,14 +65,15 @@ def gather_cases(frames, tiles, has, unit, halo, C) -> Iterator[tuple]:
             "UNIT": unit, "BEFORE": before, "AFTER": after, **config, **flags, **missing
         }  # fmt: skip
         kernel = gather_units.gather_backward_kernel
-        yield f"gather_units_backward {label}", kernel, signature, constants, warps, 3
+        launch = warps, 3, gather_units.backward_registers(unit)
+        yield f"gather_units_backward {label}", kernel, signature, constants, *launch
 
 
 def loss_cases(frames, pred, has, geometry, step) -> Iterator[tuple]:
     """Of a pair of dtypes; `step` as the launch finds it from the strides."""
     unit, _, C = geometry
-    config = masked_pixel_loss.tile(C, unit)
-    warps = config.pop("num_warps")
+    config = masked_pixel_loss.tile(C, unit, step)
+    launch = config.pop("num_warps"), 3, config.pop("maxnreg")
     optional, missing = given(has, p_scale="*fp32", p_offset="*fp32", p_valid="*u8")
     sizes = dict.fromkeys("CTHWM", "i32")
     strides = {**X_STRIDES, "x_w": "constexpr"} if step == 16 else X_STRIDES
@@ -89,14 +90,14 @@ def loss_cases(frames, pred, has, geometry, step) -> Iterator[tuple]:
     for norm, loss in (("none", True), ("patch", True), ("batch", False), ("batch", True)):
         yield (
             f"masked_pixel_loss {norm} {loss} {label}", masked_pixel_loss.loss_kernel,
-            signature, constants | {"NORM": norm, "LOSS": loss}, warps, 3,
+            signature, constants | {"NORM": norm, "LOSS": loss}, *launch,
         )  # fmt: skip
     signature = {
         "p_grad": "*fp32", "p_pred": pred, "p_x": frames, "p_ids": "*i64", **optional,
         "p_mean": "*fp32", "p_rstd": "*fp32", "p_total": "*i64", "p_out": pred, **numbers,
     }  # fmt: skip
     kernel = masked_pixel_loss.loss_backward_kernel
-    yield f"masked_pixel_loss_backward {label}", kernel, signature, constants, warps, 3
+    yield f"masked_pixel_loss_backward {label}", kernel, signature, constants, *launch
 
 
 def scatter_cases(dtype: str, D: int) -> Iterator[tuple]:

@@ -327,9 +327,9 @@ MUTANTS = [
         MEDIAN_OFFSETS,
     ),
     Mutant(
-        "cpp units: the lower edge of a tile is not cleared",
+        "cpp units: a tile is not cleared",
         "csrc/cpu/gather_units.cpp",
-        "      std::fill(plane + (high - top) * S, plane + S * S, Tile{});\n",
+        "    std::fill(tile, tile + u.C * S * S, Tile{});\n",
         "",
         GATHER,
     ),
