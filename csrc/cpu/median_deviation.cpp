@@ -1,0 +1,167 @@
+// Medians and projected deviations in one pass over x: a tile's values are still at hand when its
+// medians are found. Backward is one pass too; the gradient of the weight is summed over the
+// positions of a chunk, then over the chunks in their order, whatever the number of threads.
+#include "cpu/temporal_median.h"
+
+namespace timo {
+namespace {
+
+// Sum over n channels of weight * (x - median), in lanes of a fixed order.
+template <class W>
+TIMO_INLINE W projected(const W* __restrict weight, const W* __restrict x,
+                        const W* __restrict median, int64_t n) {
+  constexpr int64_t lanes = 16;
+  W sum[lanes] = {};
+  int64_t c = 0;
+  for (; c + lanes <= n; c += lanes)
+    for (int64_t l = 0; l < lanes; ++l) sum[l] += weight[c + l] * (x[c + l] - median[c + l]);
+  for (int64_t l = 0; c + l < n; ++l) sum[l] += weight[c + l] * (x[c + l] - median[c + l]);
+  for (int64_t half = lanes / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) sum[l] += sum[l + half];
+  return sum[0];
+}
+
+// Adds a tile's share to the sums (T, H) of its position, head by head.
+template <class W>
+struct AddDeviations {
+  const W* weight;
+  int64_t H, D;
+  W* sums;
+
+  template <class Stored>
+  TIMO_INLINE void operator()(const MedianTile<Stored>& tile, int64_t first, int width) const {
+    for (int64_t c = first; c < first + width;) {
+      const int64_t h = c / D, end = std::min((h + 1) * D, first + width), at = c - first;
+      for (size_t i = 0; i < tile.dates.size(); ++i)
+        sums[tile.dates[i] * H + h] +=
+            projected(weight + (c - h * D), tile.values.data() + i * tile_lanes + at,
+                      tile.median + at, end - c);
+      c = end;
+    }
+  }
+};
+
+template <class Stored>
+struct Deviation {
+  using W = Wide<Stored>;
+  static TIMO_INLINE void run(const DeviationArgs& args, int64_t b, int64_t n,
+                              MedianTile<Stored>& tile, W* sums) {
+    const MedianArgs& a = args.median;
+    std::fill(sums, sums + a.T * a.H, W{0});
+    median_position(a, b, n, tile,
+                    AddDeviations<W>{static_cast<const W*>(args.weight), a.H, a.D, sums});
+    W* out = static_cast<W*>(args.deviation);
+    for (int64_t t = 0; t < a.T; ++t)
+      std::copy(sums + t * a.H, sums + (t + 1) * a.H, out + ((b * a.T + t) * a.N + n) * a.H);
+  }
+};
+
+template <class Stored>
+struct DeviationBackward {
+  using W = Wide<Stored>;
+  // `sums` (D) is increased by the position's share of the weight's gradient; `rest` (D) is room.
+  static TIMO_INLINE void run(const DeviationArgs& args, int64_t b, int64_t n, W* __restrict sums,
+                              W* __restrict rest) {
+    const MedianArgs& a = args.median;
+    const W* __restrict weight = static_cast<const W*>(args.weight);
+    for (int64_t h = 0; h < a.H; ++h) {
+      const auto* x = static_cast<const Stored*>(a.x) + b * a.stride[0] + n * a.stride[2] +
+                      h * a.stride[3];
+      const auto* grad = static_cast<const W*>(args.deviation) + (b * a.T * a.N + n) * a.H + h;
+      const uint8_t* valid =
+          a.valid ? a.valid + b * a.valid_stride[0] + n * a.valid_stride[2] : nullptr;
+      const auto usable = [&](int64_t t) { return !valid || valid[t * a.valid_stride[1]]; };
+      const int64_t row = ((b * a.N + n) * a.H + h) * a.D;
+      const auto* __restrict values = static_cast<const Stored*>(a.values) + row;
+      const auto* __restrict dvalues = static_cast<const Stored*>(args.dvalues) + row;
+      const int64_t* __restrict indices = a.indices + row;
+      W total = 0;
+      for (int64_t t = 0; t < a.T; ++t)
+        if (usable(t)) total += grad[t * a.N * a.H];
+      for (int64_t d = 0; d < a.D; ++d) rest[d] = widen(dvalues[d]) - weight[d] * total;
+      for (int64_t t = 0; t < a.T; ++t) {
+        auto* __restrict dx = static_cast<Stored*>(args.dx) +
+                              (((b * a.T + t) * a.N + n) * a.H + h) * a.D;
+        if (!usable(t)) {
+          std::fill(dx, dx + a.D, Stored{});
+          continue;
+        }
+        const W g = grad[t * a.N * a.H];
+        const Stored* __restrict xt = x + t * a.stride[1];
+        for (int64_t d = 0; d < a.D; ++d) {
+          dx[d] = narrow_to(weight[d] * g + (indices[d] == t ? rest[d] : W{0}), Stored{});
+          sums[d] += g * (widen(xt[d]) - widen(values[d]));
+        }
+      }
+    }
+  }
+};
+
+template <class Stored>
+void forward(const DeviationArgs& args) {
+  const MedianArgs& a = args.median;
+  const int level = isa_level();
+#pragma omp parallel if (a.B * a.N > 1)
+  {
+    MedianTile<Stored> tile(a.T);
+    std::vector<Wide<Stored>> room(a.T * a.H);
+    auto* sums = room.data();
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < a.B * a.N; ++i) {
+      const int64_t b = i / a.N, n = i % a.N;
+      Tiers<Deviation<Stored>>::call(level, args, b, n, tile, sums);
+    }
+  }
+}
+
+template <class Stored>
+void backward(const DeviationArgs& args) {
+  using W = Wide<Stored>;
+  const MedianArgs& a = args.median;
+  const int level = isa_level();
+  const int64_t positions = a.B * a.N;
+  const int64_t chunks = (positions + median_deviation_chunk - 1) / median_deviation_chunk;
+  W* const partial = static_cast<W*>(args.partial);
+#pragma omp parallel if (chunks > 1)
+  {
+    std::vector<W> room(a.D);
+    W* rest = room.data();
+#pragma omp for schedule(static)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      W* sums = partial + chunk * a.D;
+      std::fill(sums, sums + a.D, W{0});
+      const int64_t last = std::min((chunk + 1) * median_deviation_chunk, positions);
+      for (int64_t i = chunk * median_deviation_chunk; i < last; ++i) {
+        const int64_t b = i / a.N, n = i % a.N;
+        Tiers<DeviationBackward<Stored>>::call(level, args, b, n, sums, rest);
+      }
+    }
+  }
+  for (int64_t d = 0; d < a.D; ++d) {
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[chunk * a.D + d];
+    static_cast<W*>(args.dweight)[d] = static_cast<W>(sum);
+  }
+}
+
+}  // namespace
+
+void median_deviation_cpu(const DeviationArgs& a, Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f32: return forward<float>(a);
+    case Dtype::f64: return forward<double>(a);
+    case Dtype::f16: return forward<f16>(a);
+    case Dtype::bf16: return forward<bf16>(a);
+  }
+}
+
+void median_deviation_backward_cpu(const DeviationArgs& a, Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f32: return backward<float>(a);
+    case Dtype::f64: return backward<double>(a);
+    case Dtype::f16: return backward<f16>(a);
+    case Dtype::bf16: return backward<bf16>(a);
+  }
+}
+
+}  // namespace timo
