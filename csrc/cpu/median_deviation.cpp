@@ -15,7 +15,8 @@ TIMO_INLINE W projected(const W* __restrict weight, const W* __restrict x,
   int64_t c = 0;
   for (; c + lanes <= n; c += lanes)
     for (int64_t l = 0; l < lanes; ++l) sum[l] += weight[c + l] * (x[c + l] - median[c + l]);
-  for (int64_t l = 0; c + l < n; ++l) sum[l] += weight[c + l] * (x[c + l] - median[c + l]);
+#pragma GCC ivdep
+  for (int64_t l = 0; l < n - c; ++l) sum[l] += weight[c + l] * (x[c + l] - median[c + l]);
   for (int64_t half = lanes / 2; half > 0; half /= 2)
     for (int64_t l = 0; l < half; ++l) sum[l] += sum[l + half];
   return sum[0];
@@ -56,43 +57,93 @@ struct Deviation {
   }
 };
 
+// What backward keeps of the positions of a chunk, (median_deviation_chunk, H, D) each: medians, the
+// dates that hold them, and the gradient that goes to those dates alone.
+template <class Stored>
+struct Chunk {
+  using Index = typename MedianTile<Stored>::Index;
+  std::vector<Wide<Stored>> median, rest;
+  std::vector<Index> date;
+  explicit Chunk(int64_t channels)
+      : median(median_deviation_chunk * channels), rest(median.size()), date(median.size()) {}
+};
+
+// Date by date, so that x and dx are read and written in long runs. Loops are told that nothing
+// overlaps: a copy for the other case would round otherwise, and results depend on addresses.
 template <class Stored>
 struct DeviationBackward {
   using W = Wide<Stored>;
-  // `sums` (D) is increased by the position's share of the weight's gradient; `rest` (D) is room.
-  static TIMO_INLINE void run(const DeviationArgs& args, int64_t b, int64_t n, W* __restrict sums,
-                              W* __restrict rest) {
+  using Index = typename Chunk<Stored>::Index;
+
+  // Writes dx of positions [first, last) of B * N, and their share of dweight to `sums` (D).
+  static TIMO_INLINE void run(const DeviationArgs& args, int64_t first, int64_t last,
+                              Chunk<Stored>& chunk, W* sums) {
+    const MedianArgs& a = args.median;
+    std::fill(sums, sums + a.D, W{0});
+    for (int64_t i = first; i < last; ++i) prepare(args, i / a.N, i % a.N, i - first, chunk);
+    for (int64_t t = 0; t < a.T; ++t)
+      for (int64_t i = first; i < last; ++i)
+        one_date(args, i / a.N, i % a.N, t, i - first, chunk, sums);
+  }
+
+ private:
+  static TIMO_INLINE bool usable(const MedianArgs& a, int64_t b, int64_t n, int64_t t) {
+    return !a.valid || a.valid[b * a.valid_stride[0] + t * a.valid_stride[1] +
+                               n * a.valid_stride[2]];
+  }
+
+  // Position n of sample b, the chunk's `place`.
+  static TIMO_INLINE void prepare(const DeviationArgs& args, int64_t b, int64_t n, int64_t place,
+                                  Chunk<Stored>& chunk) {
     const MedianArgs& a = args.median;
     const W* __restrict weight = static_cast<const W*>(args.weight);
     for (int64_t h = 0; h < a.H; ++h) {
-      const auto* x = static_cast<const Stored*>(a.x) + b * a.stride[0] + n * a.stride[2] +
-                      h * a.stride[3];
-      const auto* grad = static_cast<const W*>(args.deviation) + (b * a.T * a.N + n) * a.H + h;
-      const uint8_t* valid =
-          a.valid ? a.valid + b * a.valid_stride[0] + n * a.valid_stride[2] : nullptr;
-      const auto usable = [&](int64_t t) { return !valid || valid[t * a.valid_stride[1]]; };
-      const int64_t row = ((b * a.N + n) * a.H + h) * a.D;
-      const auto* __restrict values = static_cast<const Stored*>(a.values) + row;
-      const auto* __restrict dvalues = static_cast<const Stored*>(args.dvalues) + row;
-      const int64_t* __restrict indices = a.indices + row;
-      W total = 0;
+      W total = 0;  // a median moves the deviations of all dates
       for (int64_t t = 0; t < a.T; ++t)
-        if (usable(t)) total += grad[t * a.N * a.H];
-      for (int64_t d = 0; d < a.D; ++d) rest[d] = widen(dvalues[d]) - weight[d] * total;
-      for (int64_t t = 0; t < a.T; ++t) {
-        auto* __restrict dx = static_cast<Stored*>(args.dx) +
-                              (((b * a.T + t) * a.N + n) * a.H + h) * a.D;
-        if (!usable(t)) {
-          std::fill(dx, dx + a.D, Stored{});
-          continue;
-        }
-        const W g = grad[t * a.N * a.H];
-        const Stored* __restrict xt = x + t * a.stride[1];
-        for (int64_t d = 0; d < a.D; ++d) {
-          dx[d] = narrow_to(weight[d] * g + (indices[d] == t ? rest[d] : W{0}), Stored{});
-          sums[d] += g * (widen(xt[d]) - widen(values[d]));
-        }
+        if (usable(a, b, n, t))
+          total += static_cast<const W*>(args.deviation)[((b * a.T + t) * a.N + n) * a.H + h];
+      const int64_t from = ((b * a.N + n) * a.H + h) * a.D, to = (place * a.H + h) * a.D;
+      const auto* __restrict values = static_cast<const Stored*>(a.values) + from;
+      const auto* __restrict dvalues = static_cast<const Stored*>(args.dvalues) + from;
+      const int64_t* __restrict indices = a.indices + from;
+      W* __restrict median = chunk.median.data() + to;
+      W* __restrict rest = chunk.rest.data() + to;
+      Index* __restrict date = chunk.date.data() + to;
+#pragma GCC ivdep
+      for (int64_t d = 0; d < a.D; ++d) {
+        median[d] = widen(values[d]);
+        rest[d] = widen(dvalues[d]) - weight[d] * total;
+        date[d] = static_cast<Index>(indices[d]);
       }
+    }
+  }
+
+  static TIMO_INLINE void one_date(const DeviationArgs& args, int64_t b, int64_t n, int64_t t,
+                                   int64_t place, const Chunk<Stored>& chunk, W* __restrict sums) {
+    const MedianArgs& a = args.median;
+    const int64_t row = ((b * a.T + t) * a.N + n) * a.H;
+    auto* __restrict dx = static_cast<Stored*>(args.dx) + row * a.D;
+    if (!usable(a, b, n, t)) {
+      std::fill(dx, dx + a.H * a.D, Stored{});
+      return;
+    }
+    const auto* __restrict x = static_cast<const Stored*>(a.x) + b * a.stride[0] +
+                               t * a.stride[1] + n * a.stride[2];
+    const W* __restrict weight = static_cast<const W*>(args.weight);
+    const W* __restrict grads = static_cast<const W*>(args.deviation) + row;
+    const W* __restrict median = chunk.median.data() + place * a.H * a.D;
+    const W* __restrict rest = chunk.rest.data() + place * a.H * a.D;
+    const Index* __restrict date = chunk.date.data() + place * a.H * a.D;
+    const Index here = static_cast<Index>(t);
+    for (int64_t h = 0; h < a.H; ++h) {
+      const W grad = grads[h];
+#pragma GCC ivdep
+      for (int64_t d = 0; d < a.D; ++d) {
+        const W moved = date[d] == here ? rest[d] : W{0};
+        dx[d] = narrow_to(weight[d] * grad + moved, Stored{});
+        sums[d] += grad * (widen(x[d]) - median[d]);
+      }
+      dx += a.D, x += a.stride[3], median += a.D, rest += a.D, date += a.D;
     }
   }
 };
@@ -124,17 +175,13 @@ void backward(const DeviationArgs& args) {
   W* const partial = static_cast<W*>(args.partial);
 #pragma omp parallel if (chunks > 1)
   {
-    std::vector<W> room(a.D);
-    W* rest = room.data();
+    Chunk<Stored> room(a.H * a.D);
 #pragma omp for schedule(static)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t first = chunk * median_deviation_chunk;
+      const int64_t last = std::min(first + median_deviation_chunk, positions);
       W* sums = partial + chunk * a.D;
-      std::fill(sums, sums + a.D, W{0});
-      const int64_t last = std::min((chunk + 1) * median_deviation_chunk, positions);
-      for (int64_t i = chunk * median_deviation_chunk; i < last; ++i) {
-        const int64_t b = i / a.N, n = i % a.N;
-        Tiers<DeviationBackward<Stored>>::call(level, args, b, n, sums, rest);
-      }
+      Tiers<DeviationBackward<Stored>>::call(level, args, first, last, room, sums);
     }
   }
   for (int64_t d = 0; d < a.D; ++d) {

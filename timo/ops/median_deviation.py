@@ -156,7 +156,7 @@ ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")
 TRITON_LIMITS = {
     "devices": dispatch.triton_devices(),
     "dtypes": (torch.float16, torch.bfloat16, torch.float32),
-    "max_dates": 256,
+    "max_dates": 64,
     "head_dims": (1, 128),
 }
 FORWARD = dispatch.register(
