@@ -44,9 +44,7 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     def exact():
         leaves = [x.detach().double().requires_grad_() for x in (q, weight)]
         values, _, deviation = ops.median_deviation(*leaves, backend="reference")
-        grads = torch.autograd.grad(
-            [values, deviation], leaves, [x.double() for x in cotangents]
-        )
+        grads = torch.autograd.grad([values, deviation], leaves, [x.double() for x in cotangents])
         return [values.detach(), deviation.detach()], list(grads)
 
     size, channels = q.element_size(), B * N * H * D

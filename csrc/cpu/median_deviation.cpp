@@ -6,24 +6,23 @@
 namespace timo {
 namespace {
 
-// Sum over n channels of weight * (x - median), in lanes of a fixed order.
-template <class W>
-TIMO_INLINE W projected(const W* __restrict weight, const W* __restrict x,
-                        const W* __restrict median, int64_t n) {
-  constexpr int64_t lanes = 16;
-  W sum[lanes] = {};
+// Sum over n channels of weight * (x - median), in an order that is the tier's.
+template <class W, int bytes>
+TIMO_INLINE W projected(const W* weight, const W* x, const W* median, int64_t n) {
+  using R = Register<W, bytes>;
+  typename R::V sum = {}, w, value, middle;
   int64_t c = 0;
-  for (; c + lanes <= n; c += lanes)
-    for (int64_t l = 0; l < lanes; ++l) sum[l] += weight[c + l] * (x[c + l] - median[c + l]);
-#pragma GCC ivdep
-  for (int64_t l = 0; l < n - c; ++l) sum[l] += weight[c + l] * (x[c + l] - median[c + l]);
-  for (int64_t half = lanes / 2; half > 0; half /= 2)
-    for (int64_t l = 0; l < half; ++l) sum[l] += sum[l + half];
-  return sum[0];
+  for (; c + R::lanes <= n; c += R::lanes) {
+    R::load(w, weight + c), R::load(value, x + c), R::load(middle, median + c);
+    sum += w * (value - middle);
+  }
+  W rest = 0;
+  for (; c < n; ++c) rest += weight[c] * (x[c] - median[c]);
+  return R::sum(sum) + rest;
 }
 
 // Adds a tile's share to the sums (T, H) of its position, head by head.
-template <class W>
+template <class W, int bytes>
 struct AddDeviations {
   const W* weight;
   int64_t H, D;
@@ -35,14 +34,14 @@ struct AddDeviations {
       const int64_t h = c / D, end = std::min((h + 1) * D, first + width), at = c - first;
       for (size_t i = 0; i < tile.dates.size(); ++i)
         sums[tile.dates[i] * H + h] +=
-            projected(weight + (c - h * D), tile.values.data() + i * tile_lanes + at,
+            projected<W, bytes>(weight + (c - h * D), tile.values.data() + i * tile_lanes + at,
                       tile.median + at, end - c);
       c = end;
     }
   }
 };
 
-template <class Stored>
+template <class Stored, int bytes>
 struct Deviation {
   using W = Wide<Stored>;
   static TIMO_INLINE void run(const DeviationArgs& args, int64_t b, int64_t n,
@@ -50,7 +49,7 @@ struct Deviation {
     const MedianArgs& a = args.median;
     std::fill(sums, sums + a.T * a.H, W{0});
     median_position(a, b, n, tile,
-                    AddDeviations<W>{static_cast<const W*>(args.weight), a.H, a.D, sums});
+                    AddDeviations<W, bytes>{static_cast<const W*>(args.weight), a.H, a.D, sums});
     W* out = static_cast<W*>(args.deviation);
     for (int64_t t = 0; t < a.T; ++t)
       std::copy(sums + t * a.H, sums + (t + 1) * a.H, out + ((b * a.T + t) * a.N + n) * a.H);
@@ -61,7 +60,7 @@ struct Deviation {
 // dates that hold them, and the gradient that goes to those dates alone.
 template <class Stored>
 struct Chunk {
-  using Index = typename MedianTile<Stored>::Index;
+  using Index = typename Columns<Wide<Stored>>::Index;
   std::vector<Wide<Stored>> median, rest;
   std::vector<Index> date;
   explicit Chunk(int64_t channels)
@@ -154,13 +153,13 @@ void forward(const DeviationArgs& args) {
   const int level = isa_level();
 #pragma omp parallel if (a.B * a.N > 1)
   {
-    MedianTile<Stored> tile(a.T);
+    MedianTile<Stored> tile(a.T, level);
     std::vector<Wide<Stored>> room(a.T * a.H);
     auto* sums = room.data();
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < a.B * a.N; ++i) {
       const int64_t b = i / a.N, n = i % a.N;
-      Tiers<Deviation<Stored>>::call(level, args, b, n, tile, sums);
+      call_tier<Deviation, Stored>(level, args, b, n, tile, sums);
     }
   }
 }

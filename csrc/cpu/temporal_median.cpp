@@ -22,7 +22,7 @@ void median(const MedianArgs& a) {
   const int level = isa_level();
 #pragma omp parallel if (a.B * a.N > 1)
   {
-    MedianTile<Stored> tile(a.T);
+    MedianTile<Stored> tile(a.T, level);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < a.B * a.N; ++i) {
       const int64_t b = i / a.N, n = i % a.N;
