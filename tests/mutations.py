@@ -21,6 +21,9 @@ TRITON_TILES = (INTERPRET, TRITON, "-k", "several_blocks and none")
 TRITON_SLOTS = (INTERPRET, TRITON, "-k", "far_slots")
 TRITON_MEDIAN_FUZZ = (INTERPRET, "TIMO_FUZZ=0,8,16", FUZZ, "-k", "temporal_median")
 TRITON_DEVIATION_FUZZ = (INTERPRET, "TIMO_FUZZ=0,8,16", FUZZ, "-k", "median_deviation")
+TRITON_DEVIATION = (
+    INTERPRET, "tests/ops/test_median_deviation.py", "-k", "parity and position and triton"
+)  # fmt: skip
 MEDIAN_OFFSETS = (INTERPRET, "tests/ops/test_temporal_median.py", "-k", "beyond and triton")
 
 GATHER = ("tests/ops/test_gather_units.py", "-k", "(parity or gradient) and cpp")
@@ -330,7 +333,7 @@ MUTANTS = [
         "kernels/median_deviation.py",
         "return partial.sum(0)",
         "return partial[0]",
-        TRITON_DEVIATION_FUZZ,
+        TRITON_DEVIATION,
     ),
     Mutant(
         "triton: 32-bit offset of the sums of a tile of dates",
