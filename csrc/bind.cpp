@@ -22,6 +22,18 @@ static MedianArgs median_args(uintptr_t x, Sizes4 stride, uintptr_t valid, Sizes
           size[0], size[1], size[2], size[3], size[4]};
 }
 
+template <void (*run)(const DeviationArgs&, Dtype)>
+static void deviation(uintptr_t x, Sizes4 stride, int dtype, uintptr_t valid, Sizes3 valid_stride,
+                      uintptr_t values, uintptr_t indices, const Sizes5& size,
+                      const std::array<uintptr_t, 6>& others) {
+  void* p[6];
+  for (int i = 0; i < 6; ++i) p[i] = reinterpret_cast<void*>(others[i]);
+  const DeviationArgs a{median_args(x, stride, valid, valid_stride, values, indices, size),
+                        p[0], p[1], p[2], p[3], p[4], p[5]};
+  py::gil_scoped_release unlocked;
+  run(a, static_cast<Dtype>(dtype));
+}
+
 using Views = std::vector<std::pair<uintptr_t, Sizes4>>;
 
 static GyroscopeArgs gyroscope_args(const Views& views, uintptr_t valid, Sizes3 valid_stride,
@@ -73,6 +85,9 @@ PYBIND11_MODULE(_C, m) {
                                        reinterpret_cast<const int64_t*>(indices),
                                        reinterpret_cast<void*>(out), bytes, B, T, channels);
         });
+  m.attr("median_deviation_chunk") = median_deviation_chunk;
+  m.def("median_deviation_cpu", &deviation<median_deviation_cpu>);
+  m.def("median_deviation_backward_cpu", &deviation<median_deviation_backward_cpu>);
   m.def("gyroscope_attention_cpu", &gyroscope<gyroscope_attention_cpu>);
   m.def("gyroscope_attention_backward_cpu", &gyroscope<gyroscope_attention_backward_cpu>);
   bind_units(m);

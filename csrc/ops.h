@@ -40,6 +40,22 @@ void temporal_median_cpu(const MedianArgs& a, Dtype dtype);
 void temporal_median_backward_cpu(const void* grad, const int64_t* indices, void* out,
                                   int64_t bytes, int64_t B, int64_t T, int64_t channels);
 
+// Medians of x and every date's projected deviation from them: weight (D), deviation (B, T, N, H),
+// both dense float64 if x is, else float32. Backward reads all of these but `deviation`, and its
+// gradient in place of it; dvalues as values; it writes dx (B, T, N, H, D) dense, and dweight like
+// weight through `partial`: (chunks, D), one row for each `median_deviation_chunk` of B * N.
+struct DeviationArgs {
+  MedianArgs median;
+  const void* weight;
+  void* deviation;
+  const void* dvalues;
+  void *dx, *dweight, *partial;
+};
+
+constexpr int64_t median_deviation_chunk = 16;
+void median_deviation_cpu(const DeviationArgs& a, Dtype dtype);
+void median_deviation_backward_cpu(const DeviationArgs& a, Dtype dtype);
+
 // A tensor (B, T, N, H, ...) by the strides of its first four dimensions; further ones are dense.
 struct Strided {
   void* data;

@@ -12,22 +12,13 @@ from timo.kernels.launch import grid
 
 
 @triton.jit
-def median_kernel(
-    p_x, p_valid, p_values, p_indices,
-    channels, H, D, T,
-    x_b, x_t, x_n, x_h,
-    v_b, v_t, v_n,
-    HAS_VALID: tl.constexpr, DATES: tl.constexpr, BLOCK: tl.constexpr,
+def lower_median(
+    p_x, p_valid, m, T, x_t, v_t, HAS_VALID: tl.constexpr, DATES: tl.constexpr
 ):  # fmt: skip
-    """One program: BLOCK channels of one sample; DATES is T rounded up to a power of two."""
-    blocks = tl.cdiv(channels, BLOCK)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    o = first + tl.arange(0, BLOCK)  # [BLOCK] of (N, H, D)
-    m = o < channels
-    n = o // (H * D)
-    p_x += b * x_b + n * x_n + (o // D) % H * x_h + o % D  # [BLOCK]
-    p_valid += b * v_b + n * v_n  # [BLOCK]
+    """Of channels [BLOCK] at their first date, those with `m`: the selected date, -1 for none.
+
+    Returns values in float32 and which of them are valid, both [DATES, BLOCK], and the dates.
+    """
     t = tl.arange(0, DATES).to(tl.int64)[:, None]  # [DATES, 1]
     m_t = (t < T) & m[None, :]  # [DATES, BLOCK]
     if HAS_VALID:
@@ -36,8 +27,8 @@ def median_kernel(
     x = tl.load(p_x[None, :] + t * x_t, mask=m_t, other=float("inf"))
     x = x.to(tl.float32)  # [DATES, BLOCK]
     count = tl.sum(m_t.to(tl.int32), axis=0)  # [BLOCK]
-    less = tl.zeros([DATES, BLOCK], dtype=tl.int32)
-    not_more = tl.zeros([DATES, BLOCK], dtype=tl.int32)
+    less = tl.zeros(x.shape, dtype=tl.int32)
+    not_more = tl.zeros(x.shape, dtype=tl.int32)
     p_s, p_vs = p_x, p_valid  # stepping pointers keeps date offsets in 64 bits
     for _ in range(T):
         m_s = m
@@ -55,6 +46,27 @@ def median_kernel(
     first_nan = tl.min(tl.where(m_t & (x != x), t, DATES), axis=0)
     index = tl.where(first_nan < DATES, first_nan, lowest)
     index = tl.where(count > 0, index, -1).to(tl.int64)
+    return x, m_t, index
+
+
+@triton.jit
+def median_kernel(
+    p_x, p_valid, p_values, p_indices,
+    channels, H, D, T,
+    x_b, x_t, x_n, x_h,
+    v_b, v_t, v_n,
+    HAS_VALID: tl.constexpr, DATES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK channels of one sample; DATES is T rounded up to a power of two."""
+    blocks = tl.cdiv(channels, BLOCK)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    o = first + tl.arange(0, BLOCK)  # [BLOCK] of (N, H, D)
+    m = o < channels
+    n = o // (H * D)
+    p_x += b * x_b + n * x_n + (o // D) % H * x_h + o % D  # [BLOCK]
+    p_valid += b * v_b + n * v_n  # [BLOCK]
+    _, _, index = lower_median(p_x, p_valid, m, T, x_t, v_t, HAS_VALID, DATES)
     value = tl.load(p_x + index * x_t, mask=m & (index >= 0), other=0.0)
     tl.store(p_values + b * channels + o, value, mask=m)
     tl.store(p_indices + b * channels + o, index, mask=m)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import triton
@@ -18,7 +19,7 @@ from triton.compiler import ASTSource
 
 from tests.ahead_of_time_gyroscope import cases as gyroscope_cases
 from tests.ahead_of_time_units import cases as unit_cases
-from timo.kernels import temporal_median
+from timo.kernels import median_deviation, temporal_median
 
 # Shared memory a block may use, bytes (CUDA programming guide, compute capabilities).
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -47,6 +48,28 @@ def temporal_median_cases() -> Iterator[tuple]:
         signature |= {"T": "i32", "channels": "i64"}
         label = f"temporal_median_backward {pointer}"
         yield label, temporal_median.scatter_kernel, signature, {"BLOCK": 1024}, 4, 3
+
+
+def median_deviation_cases() -> Iterator[tuple]:
+    sizes = dict.fromkeys(("rows", "H", "D", "T"), "i32")
+    strides = dict.fromkeys(("x_b", "x_t", "x_n", "x_h", "v_b", "v_t", "v_n"), "i64")
+    for pointer, has_valid in product(POINTERS.values(), (False, True)):
+        inputs = {"p_x": pointer, "p_weight": "*fp32", "p_valid": "*u8"}
+        inputs |= {"p_values": pointer, "p_indices": "*i64"}
+        for dates, head_dim in ((3, 32), (64, 128)):
+            config = median_deviation.forward_config(dates, head_dim)
+            warps = config.pop("num_warps")
+            signature = inputs | {"p_deviation": "*fp32"} | sizes | strides
+            label = f"median_deviation T={dates} D={head_dim} {pointer} valid={has_valid}"
+            constants = {"HAS_VALID": has_valid, **config}
+            yield label, median_deviation.deviation_kernel, signature, constants, warps, 3
+        config = median_deviation.backward_config(32)
+        warps = config.pop("num_warps")
+        signature = inputs | {"p_dvalues": pointer, "p_ddeviation": "*fp32"}
+        signature |= {"p_dx": pointer, "p_partial": "*fp32"} | sizes | strides
+        label = f"median_deviation_backward {pointer} valid={has_valid}"
+        constants = {"HAS_VALID": has_valid, **config}
+        yield label, median_deviation.deviation_backward_kernel, signature, constants, warps, 3
 
 
 def compile_one(capability, kernel, signature, constants, *launch) -> dict:
@@ -84,7 +107,10 @@ def assemble(ptx: str, capability: int) -> dict:
 
 
 def main(capability: int) -> None:
-    cases = (*temporal_median_cases(), *unit_cases(), *gyroscope_cases(capability))
+    cases = (
+        *temporal_median_cases(), *median_deviation_cases(), *unit_cases(),
+        *gyroscope_cases(capability),
+    )  # fmt: skip
     for label, *case in cases:
         print(json.dumps({"kernel": label, **compile_one(capability, *case)}), flush=True)
 

@@ -15,11 +15,16 @@ CPP_PAIRS = (CPP, "-k", "test_parity and amx_emulated")
 CPP_FAR = (CPP, "-k", "(far_below or renewed) and dtype0")
 CPP_OFFSETS = ("tests/ops/test_far_offsets.py", "-k", "date")
 MEDIAN_FUZZ = ("TIMO_FUZZ=16,32,48", FUZZ, "-k", "temporal_median")
+DEVIATION_FUZZ = ("TIMO_FUZZ=16,32,48", FUZZ, "-k", "median_deviation")
 TRITON_FUZZ = (INTERPRET, "TIMO_FUZZ=0,24,29", FUZZ, "-k", "gyroscope_attention")
 TRITON_BLOCKS = (INTERPRET, TRITON, "-k", "far_below and dtype0")
 TRITON_TILES = (INTERPRET, TRITON, "-k", "several_blocks and none")
 TRITON_SLOTS = (INTERPRET, TRITON, "-k", "far_slots")
 TRITON_MEDIAN_FUZZ = (INTERPRET, "TIMO_FUZZ=0,8,16", FUZZ, "-k", "temporal_median")
+TRITON_DEVIATION_FUZZ = (INTERPRET, "TIMO_FUZZ=0,8,16", FUZZ, "-k", "median_deviation")
+TRITON_DEVIATION = (
+    INTERPRET, "tests/ops/test_median_deviation.py", "-k", "parity and position and triton"
+)  # fmt: skip
 MEDIAN_OFFSETS = (INTERPRET, "tests/ops/test_temporal_median.py", "-k", "beyond and triton")
 
 GATHER = ("tests/ops/test_gather_units.py", "-k", "(parity or gradient) and cpp")
@@ -208,17 +213,52 @@ MUTANTS = [
     ),
     Mutant(
         "cpp: upper median of an even count",
-        "csrc/cpu/temporal_median.cpp",
-        "middle = (count - 1) / 2;",
-        "middle = count / 2;",
+        "csrc/cpu/temporal_median.h",
+        "return (count - 1) / 2;",
+        "return count / 2;",
         MEDIAN_FUZZ,
     ),
     Mutant(
         "cpp: the last date of equals is selected",
-        "csrc/cpu/temporal_median.cpp",
-        "for (int i = count - 1; i >= 0; --i)",
-        "for (int i = 0; i < count; ++i)",
+        "csrc/cpu/temporal_median.h",
+        "for (int i = static_cast<int>(columns.dates.size()) - 1; i >= 0; --i)",
+        "for (int i = 0; i < static_cast<int>(columns.dates.size()); ++i)",
         MEDIAN_FUZZ,
+    ),
+    Mutant(
+        "cpp: a step of the sorting network is left out",
+        "csrc/cpu/temporal_median.h",
+        "for (int i = j; i < std::min(j + k, count - k); ++i)",
+        "for (int i = j; i < std::min(j + k, count - k - 1); ++i)",
+        MEDIAN_FUZZ,
+    ),
+    Mutant(
+        "cpp: every tile is projected by the first channels of the weight",
+        "csrc/cpu/median_deviation.cpp",
+        "(weight + (c - h * D),",
+        "(weight,",
+        DEVIATION_FUZZ,
+    ),
+    Mutant(
+        "cpp: a median moves the deviation of no other date",
+        "csrc/cpu/median_deviation.cpp",
+        "rest[d] = widen(dvalues[d]) - weight[d] * total;",
+        "rest[d] = widen(dvalues[d]);",
+        DEVIATION_FUZZ,
+    ),
+    Mutant(
+        "cpp: gradients of invalid dates",
+        "csrc/cpu/median_deviation.cpp",
+        "if (!usable(a, b, n, t)) {",
+        "if (t < 0) {",
+        DEVIATION_FUZZ,
+    ),
+    Mutant(
+        "cpp: the weight's gradient misses the last chunk",
+        "csrc/cpu/median_deviation.cpp",
+        "for (int64_t chunk = 0; chunk < chunks; ++chunk) sum +=",
+        "for (int64_t chunk = 0; chunk + 1 < chunks; ++chunk) sum +=",
+        DEVIATION_FUZZ,
     ),
     Mutant(
         "triton: strides of dates and positions exchanged",
@@ -311,6 +351,27 @@ MUTANTS = [
         "middle = ((count - 1) // 2)[None, :]",
         "middle = (count // 2)[None, :]",
         TRITON_MEDIAN_FUZZ,
+    ),
+    Mutant(
+        "triton: a median moves the deviation of no other date",
+        "kernels/median_deviation.py",
+        "rest -= weight * tl.load",
+        "rest -= 0.0 * tl.load",
+        TRITON_DEVIATION_FUZZ,
+    ),
+    Mutant(
+        "triton: deviations of invalid dates",
+        "kernels/median_deviation.py",
+        "tl.where(m_t, x - value.to(tl.float32)[None, :], 0.0)",
+        "(x - value.to(tl.float32)[None, :])",
+        TRITON_DEVIATION_FUZZ,
+    ),
+    Mutant(
+        "triton: the weight's gradient of one program",
+        "kernels/median_deviation.py",
+        "return partial.sum(0)",
+        "return partial[0]",
+        TRITON_DEVIATION,
     ),
     Mutant(
         "triton: 32-bit offset of the sums of a tile of dates",

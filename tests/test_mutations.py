@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.mutations import ATTENTION, MUTANTS, SAMPLE, Mutant
+from tests.mutations import MUTANTS, SAMPLE, Mutant
 
 CHOSEN = [m for m in MUTANTS if os.environ.get("TIMO_MUTATIONS") == "all" or m.name in SAMPLE]
 
@@ -29,6 +29,15 @@ def copy(tmp_path_factory) -> Path:
     return root
 
 
+def sources(root: Path, file: str) -> set[str]:
+    """What is compiled anew for a change of `file`: itself, or whatever includes it."""
+    if not file.endswith(".h"):
+        return {file}
+    name = f'#include "{file.removeprefix("csrc/")}"'
+    users = [path for path in root.glob("csrc/cpu/*") if name in path.read_text()]
+    return {s for path in users for s in sources(root, str(path.relative_to(root)))}
+
+
 def build(root: Path, mutant: Mutant) -> None:
     """Compile what the fault is in, without optimisation, and link it with the other objects."""
     recipes = sorted(REPOSITORY.glob("build/obj-*/build.ninja"), key=os.path.getmtime)
@@ -39,10 +48,7 @@ def build(root: Path, mutant: Mutant) -> None:
     objects = {
         source: out for out, source in re.findall(r"^build (\S+): \w+ (\S+\.c\w+)$", text, re.M)
     }
-    names = [mutant.file]
-    if mutant.file.endswith(".h"):
-        names = [str(path.relative_to(root)) for path in root.glob(f"{ATTENTION}*.cpp")]
-    for name in names:
+    for name in sources(root, mutant.file):
         out = objects[str(REPOSITORY / name)] = str(root / Path(name).with_suffix(".o").name)
         command = compiler.replace(str(REPOSITORY / "csrc"), str(root / "csrc")) + " -O0"
         command = command.replace("$in", str(root / name)).replace("$out", out)

@@ -8,7 +8,8 @@ from importlib import import_module
 from types import ModuleType
 
 OPS = (
-    "gyroscope_attention", "temporal_median", "gather_units", "masked_pixel_loss", "scatter_units",
+    "gyroscope_attention", "temporal_median", "median_deviation", "gather_units",
+    "masked_pixel_loss", "scatter_units",
 )  # fmt: skip
 
 

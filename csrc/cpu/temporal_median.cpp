@@ -1,113 +1,33 @@
-// Lower median over dates. Per position and 64 channels: copy the valid dates into a tile, count
-// for each date how many are smaller and how many are not larger; the first date whose range of
-// ranks holds the middle is the answer. T*T comparisons per channel, all in lanes, no branches.
-#include <algorithm>
-#include <type_traits>
-#include <vector>
-
-#include "ops.h"
+// Lower median over dates, position by position; backward moves gradients to the selected dates.
+#include "cpu/temporal_median.h"
 
 namespace timo {
 namespace {
 
-constexpr int lanes = 64;
-#define TIMO_INLINE inline __attribute__((always_inline))
+struct MedianAlone {
+  template <class Stored>
+  TIMO_INLINE void operator()(const MedianTile<Stored>&, int64_t, int) const {}
+};
 
 template <class Stored>
-using Compared = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
-
-// One tile of `width` channels: dates[i] is the date of tile row i.
-template <class Stored>
-TIMO_INLINE void median_tile(const Stored* x, int64_t date_stride, const std::vector<int64_t>& dates,
-                             int width, Compared<Stored>* tile, Stored* values, int64_t* indices) {
-  using C = Compared<Stored>;
-  const int count = static_cast<int>(dates.size()), middle = (count - 1) / 2;
-  for (int i = 0; i < count; ++i) {
-    const Stored* row = x + dates[i] * date_stride;
-    for (int c = 0; c < width; ++c) tile[i * lanes + c] = widen(row[c]);
-    for (int c = width; c < lanes; ++c) tile[i * lanes + c] = 0;
-  }
-  int32_t chosen[lanes], broken[lanes];
-  for (int c = 0; c < lanes; ++c) chosen[c] = 0, broken[c] = -1;
-  for (int i = count - 1; i >= 0; --i) {  // downwards, so that the lowest date is kept
-    const C* xi = tile + i * lanes;
-    int32_t less[lanes] = {}, not_more[lanes] = {};
-    for (int j = 0; j < count; ++j) {
-      const C* xj = tile + j * lanes;
-      for (int c = 0; c < lanes; ++c) {
-        less[c] += xj[c] < xi[c];
-        not_more[c] += xj[c] <= xi[c];
-      }
-    }
-    for (int c = 0; c < lanes; ++c) {
-      chosen[c] = (less[c] <= middle) & (middle < not_more[c]) ? i : chosen[c];
-      broken[c] = xi[c] != xi[c] ? i : broken[c];
-    }
-  }
-  for (int c = 0; c < width; ++c) {
-    const int64_t date = dates[broken[c] >= 0 ? broken[c] : chosen[c]];
-    values[c] = x[date * date_stride + c];
-    indices[c] = date;
-  }
-}
-
-template <class Stored>
-TIMO_INLINE void median_position(const MedianArgs& a, int64_t b, int64_t n,
-                                 std::vector<int64_t>& dates,
-                                 std::vector<Compared<Stored>>& tile) {
-  dates.clear();
-  for (int64_t t = 0; t < a.T; ++t) {
-    const bool usable = !a.valid || a.valid[b * a.valid_stride[0] + t * a.valid_stride[1] +
-                                            n * a.valid_stride[2]];
-    if (usable) dates.push_back(t);
-  }
-  const int64_t out = (b * a.N + n) * a.H * a.D;
-  auto* values = static_cast<Stored*>(a.values) + out;
-  int64_t* indices = a.indices + out;
-  if (dates.empty()) {
-    std::fill(values, values + a.H * a.D, Stored{});
-    std::fill(indices, indices + a.H * a.D, int64_t{-1});
-    return;
-  }
-  const auto* x = static_cast<const Stored*>(a.x) + b * a.stride[0] + n * a.stride[2];
-  for (int64_t h = 0; h < a.H; ++h)
-    for (int64_t d = 0; d < a.D; d += lanes)
-      median_tile<Stored>(x + h * a.stride[3] + d, a.stride[1], dates,
-                          static_cast<int>(std::min<int64_t>(lanes, a.D - d)), tile.data(),
-                          values + h * a.D + d, indices + h * a.D + d);
-}
-
-// The same body for every tier: the compiler vectorises it for the function it is inlined into.
-template <class Stored>
-struct Tier {
-  using Tile = std::vector<Compared<Stored>>;
-  static void portable(const MedianArgs& a, int64_t b, int64_t n, std::vector<int64_t>& dates,
-                       Tile& tile) {
-    median_position<Stored>(a, b, n, dates, tile);
-  }
-  __attribute__((target("avx2,fma"))) static void avx2(const MedianArgs& a, int64_t b, int64_t n,
-                                                       std::vector<int64_t>& dates, Tile& tile) {
-    median_position<Stored>(a, b, n, dates, tile);
-  }
-  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))) static void avx512(
-      const MedianArgs& a, int64_t b, int64_t n, std::vector<int64_t>& dates, Tile& tile) {
-    median_position<Stored>(a, b, n, dates, tile);
+struct Median {
+  static TIMO_INLINE void run(const MedianArgs& a, int64_t b, int64_t n,
+                              MedianTile<Stored>& tile) {
+    median_position(a, b, n, tile, MedianAlone{});
   }
 };
 
 template <class Stored>
-void median(MedianArgs a) {
-  if (a.stride[3] == a.D) a.D *= a.H, a.H = 1;  // heads lie side by side: one run of channels
+void median(const MedianArgs& a) {
   const int level = isa_level();
-  const auto position = level >= 2   ? Tier<Stored>::avx512
-                        : level == 1 ? Tier<Stored>::avx2
-                                     : Tier<Stored>::portable;
 #pragma omp parallel if (a.B * a.N > 1)
   {
-    std::vector<int64_t> dates;
-    std::vector<Compared<Stored>> tile(a.T * lanes);
+    MedianTile<Stored> tile(a.T, level);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < a.B * a.N; ++i) position(a, i / a.N, i % a.N, dates, tile);
+    for (int64_t i = 0; i < a.B * a.N; ++i) {
+      const int64_t b = i / a.N, n = i % a.N;
+      Tiers<Median<Stored>>::call(level, a, b, n, tile);
+    }
   }
 }
 

@@ -1,13 +1,12 @@
 // Pieces shared by the CPU kernels of gather_units and masked_pixel_loss: which columns of a frame
-// are visible, rows of pixels to float32 and back, and one body compiled for each instruction set.
+// are visible, rows of pixels to float32 and back.
 #pragma once
 #include <algorithm>
 #include <stdexcept>
 #include <vector>
 
+#include "cpu/tiers.h"
 #include "ops.h"
-
-#define TIMO_INLINE inline __attribute__((always_inline))
 
 namespace timo {
 namespace {
@@ -103,27 +102,6 @@ TIMO_INLINE void load_row(Row<Stored> r, int64_t n, Affine f, Out* y) {
   if (r.ok)
     for (i = 0; i < n; ++i) y[i] = r.ok[i * r.ok_step] ? y[i] : Out{};
 }
-
-// Body::run, into which everything it calls is inlined, vectorised for each instruction set.
-template <class Body>
-struct Tiers {
-  template <class... A>
-  static void portable(A&... a) {
-    Body::run(a...);
-  }
-  template <class... A>
-  __attribute__((target("avx2,fma"))) static void avx2(A&... a) {
-    Body::run(a...);
-  }
-  template <class... A>
-  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))) static void avx512(A&... a) {
-    Body::run(a...);
-  }
-  template <class... A>
-  static void call(int level, A&... a) {
-    level >= 2 ? avx512(a...) : level == 1 ? avx2(a...) : portable(a...);
-  }
-};
 
 template <class T>
 struct Type {

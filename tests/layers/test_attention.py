@@ -11,6 +11,7 @@ from tests.tolerance import assert_close
 from timo.layers import GyroscopeAttention, JointAttention
 from timo.layers.attention import fast_attention
 from timo.models.names import published
+from timo.ops import median_deviation
 
 KINDS = {"gyroscope": GyroscopeAttention, "joint": JointAttention}
 
@@ -112,6 +113,25 @@ def test_a_sample_without_a_valid_token_is_finite(kind):
     out.square().sum().backward()
     assert out.isfinite().all() and x.grad.isfinite().all()
     assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("which", VALID)
+def test_gate_statistics_are_those_of_float32_under_autocast(which):
+    """Of the queries as they come out of their projection, in half precision."""
+    layer, x, seen = layer_of("gyroscope").float().train(), tokens().float(), []
+    layer.q.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x, 3, VALID[which])
+    assert out.dtype == seen[0].dtype == torch.bfloat16
+    q = seen[0].view(2, 3, 7, 2, 8).double()
+    _, _, deviation = median_deviation(q, layer.gate.weight[0].double(), VALID[which])
+    full = torch.ones(2, 3, 7, dtype=torch.bool) if VALID[which] is None else VALID[which]
+    full = full[..., None].expand(2, 3, 7) if full.ndim == 2 else full
+    exact = deviation[full]
+    norm = layer.gate_norm
+    assert_close(norm.running_mean, norm.momentum * exact.mean()[None], terms=exact.abs().mean())
+    variance = norm.momentum * exact.var()[None] + (1 - norm.momentum)
+    assert_close(norm.running_var, variance)
 
 
 def test_no_softmax_without_a_key(monkeypatch):

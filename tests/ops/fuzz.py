@@ -1,4 +1,4 @@
-"""Random problems for gyroscope_attention and temporal_median: shapes, strides, validity, energies.
+"""Random problems for gyroscope_attention and its medians: shapes, strides, validity, energies.
 
 Everything about a case follows from its number, validity and dtype, so that a failure can be
 repeated.
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.guards import guarded
+from tests.ops import test_median_deviation as of_deviation
 from tests.ops.direct import direct, magnitudes
 from tests.tolerance import assert_close
 from timo.ops import gyroscope_attention, temporal_median
@@ -222,8 +223,38 @@ def median(case: Case) -> Callable[..., None]:
     return check
 
 
+def deviation(case: Case) -> Callable[..., None]:
+    """The same of median_deviation; with a weight in half or single precision."""
+    g = generator(case.number, KINDS.index(case.kind), case.dtype.itemsize)
+    q = torch.randn(case.shape, generator=g)
+    q = torch.where(torch.rand(q.shape, generator=g) < 0.5, (q * 2).round() / 2, q)  # ties
+    q = laid_out(q.to(case.dtype), g)
+    valid = random_valid(g, case.shape, case.kind)
+    weight = torch.randn(case.shape[4], generator=g).to(pick(g, (case.dtype, torch.float32)))
+    dvalues = laid_out(torch.randn(q[:, 0].shape, generator=g).to(case.dtype), g)
+    ddeviation = torch.randn(case.shape[:4], generator=g)
+    series, *_, medians, _ = hidden_entries(valid, case.shape)
+    q[series], ddeviation[series], dvalues[medians] = torch.nan, torch.nan, torch.nan
+    indices = temporal_median(q, valid, backend="reference")[1]
+    kept = [x.clone() for x in (q, weight, dvalues, ddeviation)]
+
+    def check(**backend):
+        with guarded():
+            where, got = of_deviation.run(q, weight, valid, dvalues, ddeviation, **backend)
+        assert torch.equal(where, indices), "indices"
+        of_deviation.check(got, q, weight, valid, indices, dvalues, ddeviation)
+        for x, y in zip((q, weight, dvalues, ddeviation), kept):
+            assert same_bits(x, y), "an input was written to"
+
+    return check
+
+
 def same_bits(x: Tensor, y: Tensor) -> bool:
     return torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
 
 
-CHECKS = {"gyroscope_attention": gyroscope, "temporal_median": median}
+CHECKS = {
+    "gyroscope_attention": gyroscope,
+    "temporal_median": median,
+    "median_deviation": deviation,
+}

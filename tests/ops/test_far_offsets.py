@@ -9,7 +9,7 @@ from math import prod
 import pytest
 import torch
 
-from timo.ops import dispatch, gyroscope_attention, temporal_median
+from timo.ops import dispatch, gyroscope_attention, median_deviation, temporal_median
 
 FAR = 2**31 + 64
 ROOM = 4096  # elements of a tensor's dense part
@@ -88,4 +88,20 @@ def test_temporal_median(dim):
     if dim < 3:
         valid = Apart(torch.bool, 1).put(valid, dim)
     got = evaluate(temporal_median, [x], cotangent, valid)
+    assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("dim", range(4), ids=["sample", "date", "position", "head"])
+def test_median_deviation(dim):
+    inputs, _, valid = problem(torch.bfloat16)
+    q, cotangent, weight = inputs[0], inputs[5].float(), inputs[1][0, 0, 0, 0]
+
+    def op(*arguments, backend):
+        return median_deviation(*arguments, backend=backend)[::-1]  # the deviation first
+
+    expected = evaluate(op, [q, weight], cotangent, valid)
+    q = Apart(torch.bfloat16, 1).put(q, dim)
+    if dim < 3:
+        valid = Apart(torch.bool, 1).put(valid, dim)
+    got = evaluate(op, [q, weight], cotangent, valid)
     assert all(map(torch.equal, got, expected))

@@ -14,7 +14,9 @@ if sys.argv[1] == "yes":
 x = torch.randn(2, 5, 3, 2, 8)
 values, indices = timo.ops.temporal_median(x, backend="cpp")
 assert torch.equal(values, x.median(1).values) and torch.equal(indices, x.median(1).indices)
-import timo.kernels.temporal_median  # noqa: E402, F401
+deviation = timo.ops.median_deviation(x, torch.ones(8), backend="cpp")[2]
+assert torch.allclose(deviation, (x - values[:, None]).sum(-1), atol=1e-5)
+import timo.kernels.median_deviation  # noqa: E402, F401
 
 model = timo.create_model("timo_tiny", task="segmentation", in_chans=5, num_classes=3)
 logits = model.eval()(torch.randn(1, 2, 5, 64, 96))

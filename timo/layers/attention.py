@@ -128,17 +128,20 @@ class GyroscopeAttention(JointAttention):
         dates, heads = (num_dates, -1), (self.num_heads, -1)
         q = self.q(x).unflatten(2, heads).unflatten(1, dates)  # [B, T, N, H, D]
         k, v = self.kv(x).unflatten(2, (2, *heads)).unflatten(1, dates).unbind(3)  # strided views
-        q_median = ops.temporal_median(q, valid)[0]  # [B, N, H, D]
-        k_median = ops.temporal_median(k, valid)[0]
-        gate = self.gate(q - q_median.unsqueeze(1)).squeeze(-1)  # [B, T, N, H]
-        gate = torch.relu(self.gate_norm(gate.reshape(-1, 1), self._entries(valid, gate)))
-        out = ops.gyroscope_attention(q, k, v, q_median, k_median, gate.view(*grid, -1), valid)
+        q_median, _, gate = ops.median_deviation(q, self.gate.weight[0], valid)
+        k_median = ops.temporal_median(k, valid)[0]  # [B, N, H, D]
+        # Float32 under autocast, the module's own dtype where all of it is half. One row of one
+        # channel: PyTorch normalises many rows of one number each at a hundredth of the speed.
+        gate = gate.to(self.gate.weight.dtype).view(1, 1, -1)
+        gate = torch.relu(self.gate_norm(gate, self._entries(valid, q)))
+        gate = gate.view(*grid, self.num_heads)
+        out = ops.gyroscope_attention(q, k, v, q_median, k_median, gate, valid)
         return self.proj(out.flatten(3).flatten(1, 2))
 
     @staticmethod
-    def _entries(valid: Tensor | None, gate: Tensor) -> Tensor | None:
-        """Validity of every entry of the gate, (B·T·N·H,)."""
+    def _entries(valid: Tensor | None, q: Tensor) -> Tensor | None:
+        """Validity of every entry of the gate, (1, B·T·N·H)."""
         if valid is None:
             return None
         valid = valid[..., None] if valid.ndim == 3 else valid[:, :, None, None]
-        return valid.expand(gate.shape).reshape(-1)
+        return valid.expand(q.shape[:4]).reshape(1, -1)

@@ -97,7 +97,7 @@ def _kernel_backward(launch):
 
 
 def _cpp(x, usable, values, indices):
-    dispatch.compiled().temporal_median_cpu(*_addresses(x, usable, values, indices))
+    dispatch.compiled().temporal_median_cpu(*addresses(x, usable, values, indices))
 
 
 def _cpp_backward(grad, indices, out):
@@ -111,7 +111,7 @@ def _cpp_backward(grad, indices, out):
 def _cuda(x, usable, values, indices):
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        dispatch.compiled().temporal_median_cuda(*_addresses(x, usable, values, indices), stream)
+        dispatch.compiled().temporal_median_cuda(*addresses(x, usable, values, indices), stream)
 
 
 def _cuda_backward(grad, indices, out):
@@ -123,7 +123,8 @@ def _cuda_backward(grad, indices, out):
         )  # fmt: skip
 
 
-def _addresses(x, usable, values, indices):
+def addresses(x: Tensor, usable: Tensor | None, values: Tensor, indices: Tensor) -> tuple:
+    """Arguments of the compiled kernels: `MedianArgs` of csrc/ops.h and the dtype."""
     return (
         x.data_ptr(), list(x.stride()[:4]), dispatch.dtype_code(x.dtype),
         0 if usable is None else usable.data_ptr(),

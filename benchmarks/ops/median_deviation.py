@@ -1,0 +1,61 @@
+"""median_deviation: backends, and medians with the projection in separate steps, against the floor.
+
+Floor: q is read once, values, int64 indices and deviations are written once; backward reads all of
+these again, with the gradient of deviations in their place, and writes the gradient of q.
+"""
+
+from functools import partial
+
+import torch
+
+from timo import ops
+from timo.ops.median_deviation import FORWARD
+
+from ..runner import Problem
+
+LAYOUT = "B,T,N,H,D"
+# Queries of base stages 1 and 2 at 224 x 224.
+SHAPES = [(8, 10, 3136, 4, 32), (8, 3, 3136, 4, 32), (8, 10, 784, 8, 32)]
+CPU_SHAPES = [(1, *shape[1:]) for shape in SHAPES]
+
+
+def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Problem:
+    B, T, N, H, D = shape
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+    weight = torch.randn(D, generator=generator).to(device).requires_grad_()
+    wide = torch.promote_types(dtype, torch.float32)
+    cotangents = [
+        torch.randn((B, N, H, D), generator=generator).to(device, dtype),
+        torch.randn((B, T, N, H), generator=generator).to(device, wide),
+    ]
+    request = FORWARD.request(q, weight)
+    refusals = {name: b.refusals(request) for name, b in FORWARD.backends.items()}
+    backends = tuple(name for name, why in refusals.items() if not why)
+
+    def one_pass(backend):
+        values, _, deviation = ops.median_deviation(q, weight, backend=backend)
+        return values, deviation
+
+    def separate():
+        values = ops.temporal_median(q)[0]
+        return values, ((q - values.unsqueeze(1)) @ weight.to(dtype)).to(wide)
+
+    def exact():
+        leaves = [x.detach().double().requires_grad_() for x in (q, weight)]
+        values, _, deviation = ops.median_deviation(*leaves, backend="reference")
+        grads = torch.autograd.grad([values, deviation], leaves, [x.double() for x in cotangents])
+        return [values.detach(), deviation.detach()], list(grads)
+
+    size, channels = q.element_size(), B * N * H * D
+    results = channels * (size + 8) + B * T * N * H * wide.itemsize
+    forward = channels * T * size + results
+    backward = 2 * channels * T * size + results + channels * size
+    return Problem(
+        {**{name: partial(one_pass, name) for name in backends}, "separate": separate},
+        backends, [q, weight], cotangents, exact,
+        flop=dict.fromkeys(("forward", "backward", "both"), 0.0),
+        traffic={"forward": forward, "backward": backward, "both": forward + backward},
+        baseline=("separate", "reference"),
+        skipped={name: "; ".join(why) for name, why in refusals.items() if why},
+    )  # fmt: skip
