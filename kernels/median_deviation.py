@@ -10,17 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from timo.kernels.launch import grid
 from timo.kernels.temporal_median import lower_median
 
 
 @triton.jit
 def rows_and_channels(rows, D, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows of (N, H) and channels of this program, which of them exist, and their place in a
-    sample's (N, H, D); each [ROWS * WIDTH]."""
+    """Sample and first row of this program; its rows of (N, H) and channels, which of them exist,
+    and their place in a sample's (N, H, D); each [ROWS * WIDTH]."""
+    blocks = tl.cdiv(rows, ROWS)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks).to(tl.int64) * ROWS
     o = tl.arange(0, ROWS * WIDTH)
-    row = tl.program_id(0).to(tl.int64) * ROWS + o // WIDTH
+    row = first + o // WIDTH
     d = o % WIDTH
-    return row, d, (row < rows) & (d < D), row * D + d
+    return b, first, row, d, (row < rows) & (d < D), row * D + d
 
 
 @triton.jit
@@ -32,8 +36,7 @@ def deviation_kernel(
     HAS_VALID: tl.constexpr, DATES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS heads of one sample; DATES and WIDTH are T and D rounded up."""
-    b = tl.program_id(1).to(tl.int64)
-    row, d, m, o = rows_and_channels(rows, D, ROWS, WIDTH)
+    b, first, row, d, m, o = rows_and_channels(rows, D, ROWS, WIDTH)
     p_x += b * x_b + row // H * x_n + row % H * x_h + d
     p_valid += b * v_b + row // H * v_n
     x, m_t, index = lower_median(p_x, p_valid, m, T, x_t, v_t, HAS_VALID, DATES)
@@ -44,7 +47,7 @@ def deviation_kernel(
     part = weight[None, :] * tl.where(m_t, x - value.to(tl.float32)[None, :], 0.0)
     deviation = tl.sum(tl.reshape(part, [DATES, ROWS, WIDTH]), axis=2)  # [DATES, ROWS]
     t = tl.arange(0, DATES).to(tl.int64)[:, None]
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :]
+    r = first + tl.arange(0, ROWS)[None, :]
     tl.store(p_deviation + (b * T + t) * rows + r, deviation, mask=(t < T) & (r < rows))
 
 
@@ -57,8 +60,7 @@ def deviation_backward_kernel(
     HAS_VALID: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS heads of one sample, date by date."""
-    b = tl.program_id(1).to(tl.int64)
-    row, d, m, o = rows_and_channels(rows, D, ROWS, WIDTH)
+    b, _, row, d, m, o = rows_and_channels(rows, D, ROWS, WIDTH)
     p_x += b * x_b + row // H * x_n + row % H * x_h + d
     p_valid += b * v_b + row // H * v_n
     p_grad = p_ddeviation + b * T * rows + row
@@ -90,7 +92,7 @@ def deviation_backward_kernel(
         p_grad += rows
         p_dx += rows * D
     channel = tl.arange(0, WIDTH)
-    program = b * tl.num_programs(0) + tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     partial = tl.sum(tl.reshape(sums, [ROWS, WIDTH]), axis=0)  # [WIDTH]
     tl.store(p_partial + program * D + channel, partial, mask=channel < D)
 
@@ -117,7 +119,7 @@ def forward(x, weight, valid, values, indices, deviation) -> None:
     B, T, N, H, D = x.shape
     config = forward_config(T, D)
     with torch.cuda.device_of(x):
-        deviation_kernel[(triton.cdiv(N * H, config["ROWS"]), B)](
+        deviation_kernel[grid(B, triton.cdiv(N * H, config["ROWS"]))](
             x, weight, _bytes(x, valid), values, indices, deviation, *_sizes(x, valid), **config
         )
 
@@ -129,7 +131,7 @@ def backward(x, weight, valid, values, indices, dvalues, ddeviation, dx) -> Tens
     programs = triton.cdiv(N * H, config["ROWS"])
     partial = torch.empty((B * programs, D), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        deviation_backward_kernel[(programs, B)](
+        deviation_backward_kernel[grid(B, programs)](
             x, weight, _bytes(x, valid), values, indices, dvalues, ddeviation, dx, partial,
             *_sizes(x, valid), **config,
         )  # fmt: skip
