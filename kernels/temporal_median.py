@@ -89,7 +89,7 @@ def scatter_kernel(p_grad, p_indices, p_out, T, channels, BLOCK: tl.constexpr):
 
 
 def forward_config(dates: int) -> dict[str, int]:
-    """Tile of (dates, channels): 8 values a thread keep both counts in registers; 256 dates take 16."""
+    """Tile of (dates, channels): 8 values a thread, both counts in registers; 16 of 256 dates."""
     rounded = triton.next_power_of_2(dates)
     block = min(512, max(16, 2048 // rounded))
     return {"DATES": rounded, "BLOCK": block, "num_warps": min(8, max(4, rounded * block // 256))}
