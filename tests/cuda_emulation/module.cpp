@@ -26,6 +26,12 @@ void masked_pixel_loss_cpu(const LossArgs& a) { masked_pixel_loss_cuda(a, nullpt
 void masked_pixel_loss_backward_cpu(const LossArgs& a) {
   masked_pixel_loss_backward_cuda(a, nullptr);
 }
+void median_deviation_cpu(const DeviationArgs&, Dtype) {
+  throw std::logic_error("median_deviation has no CUDA kernel");
+}
+void median_deviation_backward_cpu(const DeviationArgs&, Dtype) {
+  throw std::logic_error("median_deviation has no CUDA kernel");
+}
 void gyroscope_attention_cpu(const GyroscopeArgs&) {
   throw std::logic_error("gyroscope_attention has no CUDA kernel");
 }
