@@ -98,13 +98,13 @@ def deviation_backward_kernel(
 
 
 def forward_config(dates: int, head_dim: int) -> dict[str, int]:
-    """Tile of (dates, heads, channels): 8 values a thread, so both counts stay in registers.
+    """Tile of (dates, heads, channels): 4 values a thread, so both counts stay in registers.
 
     32 of the greatest tile: with 16 warps, a thread of which has 128 registers, it spills.
     """
     rounded, width = triton.next_power_of_2(dates), triton.next_power_of_2(head_dim)
-    rows = max(1, min(512, max(16, 2048 // rounded)) // width)
-    warps = min(8, max(4, rounded * rows * width // 256))
+    rows = max(1, min(256, max(16, 2048 // rounded)) // width)
+    warps = min(8, max(4, rounded * rows * width // 128))
     return {"DATES": rounded, "ROWS": rows, "WIDTH": width, "num_warps": warps}
 
 
