@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from tests.ops.direct import direct
+from tests.ops.direct import direct, magnitudes
 from tests.ops.test_gyroscope_attention import KINDS, check, evaluate, fill, make, poison, spread
 from timo.ops import dispatch, gyroscope_attention
 from timo.ops.gyroscope_attention import BACKWARD, FORWARD
@@ -61,7 +61,7 @@ def compare(shape, kind, dtype, seed, scale=1.0, energy=0.25):
     there = None if valid is None else valid.to(DEVICE)
     got = evaluate(gyroscope_attention, dirty[:6], there, dirty[6], scale, backend="triton")
     assert [x.dtype for x in got] == [x.dtype for x in (inputs[0], *inputs)]
-    check(got, exact, plain)
+    check(got, exact, plain, magnitudes(wide[:6], valid, wide[6], scale, dtype))
     usable = spread(valid, shape)
     for x in got:
         hidden = ~usable if x.shape[:3] == usable.shape else ~usable.any(1)
@@ -112,7 +112,7 @@ def test_own_maximum_far_below_the_shared_one(dtype, small_tiles):
     got = evaluate(
         gyroscope_attention, dirty[:6], valid.to(DEVICE), dirty[6], 1.0, backend="triton"
     )
-    check(got, exact, plain)
+    check(got, exact, plain, magnitudes(wide[:6], valid, wide[6], 1.0, dtype))
 
 
 def test_energies_that_differ_by_hundreds(small_tiles):
