@@ -17,6 +17,8 @@ CPP_OFFSETS = ("tests/ops/test_far_offsets.py", "-k", "date")
 MEDIAN_FUZZ = ("TIMO_FUZZ=16,32,48", FUZZ, "-k", "temporal_median")
 DEVIATION_FUZZ = ("TIMO_FUZZ=16,32,48", FUZZ, "-k", "median_deviation")
 TRITON_FUZZ = (INTERPRET, "TIMO_FUZZ=0,24,29", FUZZ, "-k", "gyroscope_attention")
+TRITON_HUNDREDS = (INTERPRET, TRITON, "-k", "hundreds")
+TRITON_MASKS = (INTERPRET, TRITON, "-k", "several_blocks and position")
 TRITON_BLOCKS = (INTERPRET, TRITON, "-k", "far_below and dtype0")
 TRITON_TILES = (INTERPRET, TRITON, "-k", "several_blocks and none")
 TRITON_SLOTS = (INTERPRET, TRITON, "-k", "far_slots")
@@ -286,7 +288,7 @@ MUTANTS = [
         "kernels/gyroscope_attention_forward.py",
         "mass = mass * factor\n            if BY_MASS:",
         "mass = mass\n            if BY_MASS:",
-        TRITON_BLOCKS,
+        TRITON_HUNDREDS,
     ),
     Mutant(
         "triton: rescaled by the inverse factor",
@@ -307,7 +309,7 @@ MUTANTS = [
         "kernels/gyroscope_attention_forward.py",
         "o, m = date_rows(c, tv, valid_s[1], valid_s[2], T, N)",
         "o, m = date_rows(c, tv, valid_s[2], valid_s[1], T, N)",
-        TRITON_BLOCKS,
+        TRITON_MASKS,
     ),
     Mutant(
         "triton: dates never get a reference of their own",
