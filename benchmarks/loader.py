@@ -5,8 +5,9 @@ Makes a corpus of random pixels in `work` (4 GB at 512 locations), or uses the o
 and writes loader.json, loader.md and loader.png. Batches are (64, 3, 3, 224, 224) uint8: 3 of 10
 dates, windows at random places.
 
-`copy` is the floor: the same windows copied by NumPy from the store's memory-mapped shards into
-memory that is used again, by as many processes (one where the loader has none). It and the loader
+`copy` is the floor: the same windows copied by NumPy from the store's memory-mapped shards, by as
+many processes (one where the loader has none), each into two batches in turn: one is in use while
+the next is filled, and memory that comes round more often stays in the caches. It and the loader
 take turns, and a share is the median over the turns of one rate over the other. Starting and
 ending the processes counts for neither. Cold: the system has forgotten the files' pages, and every
 location is read once.
@@ -241,14 +242,14 @@ def copy(store: Path, order: list[int], start) -> float:
     rng = np.random.default_rng(2)
     corners = rng.integers(0, 264 - TILE + 1, (len(order), 2)).tolist()
     frames = [sorted(rng.permutation(10)[:DATES].tolist()) for _ in order]
-    out = np.ones((BATCH, DATES, 3, TILE, TILE), np.uint8)
+    places = np.ones((2 * BATCH, DATES, 3, TILE, TILE), np.uint8)
     if start:
         start.wait()
     started = time.perf_counter()
     for k, (index, (row, col), dates) in enumerate(zip(order, corners, frames)):
         pixels = shards[index // per_shard][index % per_shard]
         for t, frame in enumerate(dates):
-            out[k % BATCH, t] = pixels[frame, :, row : row + TILE, col : col + TILE]
+            places[k % len(places), t] = pixels[frame, :, row : row + TILE, col : col + TILE]
     return time.perf_counter() - started
 
 
