@@ -28,6 +28,7 @@ SIZE, BANDS, RATIO = 224, 3, 0.75
 OPTIONS: dict = {"stem_statistics": "all"}  # of the models, as the pretraining task has them
 PHASES = ("data", "gather and stem", "encoder", "decoder", "loss", "optimiser")
 DENSE, FUSED, FAST, COMPILED = "dense published", "dense, fused attention", "fast", "fast, compiled"
+RATIOS = ("speedup", "passes_speedup", "cpu_speedup")  # over the dense form
 ROUNDING = 1e-4  # of the loss, in float32
 
 
@@ -217,22 +218,23 @@ class Bench:
         for name in names:
             totals = torch.tensor([sum(run.values()) for run in runs[name]])
             low, median, high = totals.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+            passes = torch.tensor([sum(run.values()) - run["optimiser"] for run in runs[name]])
             rows.append(
                 dict(
                     name=name, parity=True, peak_bytes=peaks[name], samples=batch / median,
                     seconds={"median": median, "low": low, "high": high, "runs": len(totals)},
-                    cpu=torch.tensor(cpu[name]).median().item(),
+                    passes=passes.median().item(), cpu=torch.tensor(cpu[name]).median().item(),
                     phases=_medians(runs[name]) if name == FAST else None,
                     of_matmul=sum(counted.values()) * batch / median / matmul
                     if name in (FAST, COMPILED) else None,
                 )
             )  # fmt: skip
         base = next((row for row in rows if row["name"] == DENSE and row["seconds"]), None)
-        dense, costs = (base["seconds"]["median"], base["cpu"]) if base else (None, None)
         for row in rows:
-            timed = row["seconds"] and dense
-            row["speedup"] = dense / row["seconds"]["median"] if timed else None
-            row["cpu_speedup"] = costs / row["cpu"] if timed else None
+            timed = base and row["seconds"]
+            row["speedup"] = base["seconds"]["median"] / row["seconds"]["median"] if timed else None
+            row["passes_speedup"] = base["passes"] / row["passes"] if timed else None
+            row["cpu_speedup"] = base["cpu"] / row["cpu"] if timed else None
         problem = dict(
             model=self.model.config["name"], dates=self.grid[0], batch=batch, flop=counted,
             precision=str(self.precision).removeprefix("torch."), matmul_rate=matmul,
@@ -253,19 +255,18 @@ def markdown(environment: dict, rows: list[dict]) -> str:
         "product in the same run.",
         "",
         "| model | dates | batch | precision | form | step | samples/s | over dense | "
-        "over dense, CPU time | peak memory | of matmul |",
-        "|" + "---|" * 11,
+        "over dense, forward and backward | over dense, CPU time | peak memory | of matmul |",
+        "|" + "---|" * 12,
     ]
     for row in rows:
         key = [row["model"], row["dates"], row["batch"], row["precision"], row["name"]]
         if row["seconds"] is None:
-            cells = [f"loss differs by {row['disagreement']:.1e}", "", "", "", "", ""]
+            cells = [f"loss differs by {row['disagreement']:.1e}", *6 * [""]]
         else:
             peak = row["peak_bytes"]
             cells = [
                 report.duration(row["seconds"]["median"]), f"{row['samples']:.2f}",
-                f"{row['speedup']:.2f}" if row["speedup"] else "",
-                f"{row['cpu_speedup']:.2f}" if row["speedup"] else "",
+                *(f"{row[k]:.2f}" if row["speedup"] else "" for k in RATIOS),
                 "" if peak is None else f"{peak / 2**20:.0f} MiB",
                 f"{row['of_matmul']:.0%}" if row["of_matmul"] else "",
             ]  # fmt: skip
