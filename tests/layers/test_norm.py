@@ -114,3 +114,17 @@ def test_wrong_channels_are_named():
     for valid in (None, torch.ones(4, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"\(4, 2\); it must be \(M, 3"):
             MaskedBatchNorm(3)(torch.zeros(4, 2), valid)
+
+
+def test_backward_keeps_one_tensor_of_the_size_of_the_input():
+    layer, x = MaskedBatchNorm(3), torch.randn(8, 3, 40, requires_grad=True)
+    kept = {}
+
+    def keep(saved):
+        kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        layer(x, torch.rand(8, 40) < 0.7)
+    one = x.numel() * x.element_size()
+    assert one <= sum(kept.values()) < 1.3 * one  # the mask and what belongs to channels besides

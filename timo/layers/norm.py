@@ -66,7 +66,7 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
             total = all_reduce(total)
         mean = total / count.clamp_min(1)  # [C]
         centred = wide - mean.view(channel)
-        spread = torch.where(usable, centred, 0).square().sum(dims)
+        spread = _Squares.apply(centred, usable).sum(dims)
         spread = spread + lacking * mean.square()
         if shared:
             spread = all_reduce(spread)
@@ -85,6 +85,23 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
         unbiased = variance * count / (count - 1).clamp_min(1)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), step)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), step)
+
+
+class _Squares(torch.autograd.Function):
+    """Squares of the usable entries, 0 elsewhere; keeps nothing for backward but its inputs."""
+
+    @staticmethod
+    def forward(x: Tensor, usable: Tensor) -> Tensor:
+        return torch.where(usable, x, 0).square()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        x, usable = ctx.saved_tensors
+        return torch.where(usable, 2 * x * grad, 0), None
 
 
 @contextmanager
