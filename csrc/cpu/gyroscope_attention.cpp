@@ -36,10 +36,6 @@ void clear_invalid(const GyroscopeArgs& a, bool backward) {
   a.dtype == Dtype::f32 ? clear_invalid<float>(a, backward) : clear_invalid<f16>(a, backward);
 }
 
-}  // namespace
-
-namespace {
-
 using Kernel = void (*)(const GyroscopeArgs&);
 
 // By instruction set (isa_level); products of bfloat16 need no float32 where the CPU has them.
