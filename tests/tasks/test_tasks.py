@@ -1,5 +1,6 @@
 """Tasks and data modules below the commands."""
 
+import csv
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,6 +26,7 @@ from timo.models.masking import least_usable, usable_units
 from timo.tasks import PretrainingTask, SegmentationTask, SeriesData
 from timo.tasks.data import SeededShuffle, compact_valid
 from timo.tasks.prediction import change_codes, predict_strips
+from timo.tasks.runs import fit
 
 SMALL = {"embed_dims": [8, 8, 16, 16], "num_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1]}
 UNITS = {"mean": [0.2, 0.3], "deviation": [0.1, 0.2], "scale": [1.0, 1.0], "offset": [0.0, 0.0]}
@@ -107,6 +109,22 @@ def test_schedule():
                        ({"class_weights": [1.0]}, "class_weights")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             segmentation(**bad)
+
+
+def test_the_best_checkpoint_is_that_of_the_least_validation_loss(tmp_path):
+    """Not that of the greatest overall accuracy, which one frequent class decides."""
+    part = [SimulatedSeries(4, size=32, dates=2, target="land_cover", seed=seed) for seed in (0, 1)]
+    data = SeriesData(part[0], val=part[1], batch_size=2)
+    task = SegmentationTask(
+        part[0].bands, **data.normalisation(), classes=part[0].classes, model="timo_tiny",
+        model_options=SMALL, learning_rate=3e-3,
+    )  # fmt: skip
+    trainer = fit(task, data, tmp_path, max_epochs=3, accelerator="cpu")
+    assert [c.monitor for c in trainer.checkpoint_callbacks] == [None, "val/loss"]
+    with open(tmp_path / "logs" / "metrics.csv") as file:
+        losses = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
+    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
+    assert len(losses) == 3 and best["epoch"] == losses.index(min(losses))
 
 
 def test_shuffling_depends_on_seed_and_epoch():
