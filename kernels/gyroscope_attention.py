@@ -2,7 +2,7 @@
 
 Memory beside inputs and results: with validity one copy of v; with validity by position a byte a
 query forward. Backward one series (do'), two numbers a query (three with validity by position),
-and a float32 dq_median and dk_median per tile of dates.
+and a float32 dq_median per tile of dates and as many dk_median, or with atomic additions one.
 """
 
 import torch
@@ -66,9 +66,12 @@ def forward(q, k, v, q_median, k_median, gate, valid, scale) -> tuple[Tensor, Te
 
 
 def backward(
-    grad, q, k, v, q_median, k_median, gate, valid, scale, out, lse, spatial_lse
+    grad, q, k, v, q_median, k_median, gate, valid, scale, out, lse, spatial_lse, *, atomic=False
 ) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, q_median, k_median and gate, on q's device."""
+    """Gradients of q, k, v, q_median, k_median and gate, on q's device.
+
+    `atomic`: that of k_median is added up by atomic additions, in any order.
+    """
     B, T, N, H, D = q.shape
     q, k, v, q_median, k_median, grad = map(near, (q, k, v, q_median, k_median, grad))
     out = out.contiguous()
@@ -105,17 +108,16 @@ def backward(
             "VALIDITY": kind, "PRECISION": precision(q.dtype), "D": D, "DP": config.padded(D)
         }  # fmt: skip
 
-        def spatial_pass(kernel, tile, block, tiles, own, *tensors):
+        def spatial_pass(kernel, tile, block, tiles, own, dk, *tensors):
             kernel[grid(B * H, tiles, triton.cdiv(N, block))](
                 *tensors, *map(Tensor.stride, tensors), H, T, N, float(scale),
-                OWN=own, **constants, WIDTHS=tile.widths, TT=sum(tile.widths),
+                OWN=own, DK=dk, **constants, WIDTHS=tile.widths, TT=sum(tile.widths),
                 BM=tile.queries, BN=tile.keys,
                 num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.registers,
             )  # fmt: skip
 
-        def slots(tile):
+        def slots(tiles):
             """A number a channel and tile of dates, added up in one order whatever runs first."""
-            tiles = triton.cdiv(T, sum(tile.widths))
             return torch.empty((tiles, B, N, H, D), dtype=torch.float32, device=q.device)
 
         def of_tiles(share, tile):
@@ -130,29 +132,30 @@ def backward(
         launch = int(kind == BY_POSITION.value)
         inputs = q_median, k_median, v
         shared = spatial_lse[:, None].expand(B, T, N, H)
-        tile = tile_of("keys", T, launch)
-        dk_slots = slots(tile)
+        tile = tile_of("values" if atomic else "keys", T, launch)
+        tiles = triton.cdiv(T, sum(tile.widths))
+        dk_slots = slots(1).zero_() if atomic else slots(tiles)
         spatial_pass(
-            spatial_key_kernel, tile, tile.keys, len(dk_slots), False,
+            spatial_key_kernel, tile, tile.keys, tiles, False, not atomic,
             *inputs, scaled, usable, shared, of_tiles(share, tile), seen, dv, dk_slots,
         )  # fmt: skip
-        tile = tile_of("queries", T, launch)
-        dq_slots = slots(tile)
+        tile = tile_of("both" if atomic else "queries", T, launch)
+        dq_slots = slots(triton.cdiv(T, sum(tile.widths)))
         spatial_pass(
-            spatial_query_kernel, tile, tile.queries, len(dq_slots), False,
-            *inputs, scaled, usable, seen, shared, of_tiles(share, tile), dq_slots,
+            spatial_query_kernel, tile, tile.queries, len(dq_slots), False, atomic,
+            *inputs, scaled, usable, seen, shared, of_tiles(share, tile), dq_slots, dk_slots,
         )  # fmt: skip
         if kind == BY_POSITION.value:
             some = own.isfinite().any(2).view(torch.uint8)
             tile = tile_of("keys", 1, 2)
             spatial_pass(
-                spatial_key_kernel, tile, tile.keys, 1, True,
+                spatial_key_kernel, tile, tile.keys, 1, True, True,
                 *inputs, grad, usable, own, delta, some, dv, dk_slots,
             )  # fmt: skip
             tile = tile_of("queries", 1, 2)
             spatial_pass(
-                spatial_query_kernel, tile, tile.queries, 1, True,
-                *inputs, grad, usable, usable, own, delta, dq_slots,
+                spatial_query_kernel, tile, tile.queries, 1, True, False,
+                *inputs, grad, usable, usable, own, delta, dq_slots, dk_slots,
             )  # fmt: skip
     dk_median = dk_slots.sum(0)
     if valid is not None:

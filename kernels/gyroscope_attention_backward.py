@@ -14,6 +14,9 @@ would need 2 N² D (2 T + 3 date tiles), but hold a dk_median and a dv per block
 (T + 1) N² D / 128 numbers a head, which is what the factored form exists to avoid. dE is a sum over
 dates, so date tiles give independent dq_median and dk_median: one slot a tile, added up at the end
 in the same order every time.
+
+On request 3 leaves dk_median to 4, which adds dE^T q_median of its queries to memory atomically:
+2 N² D (2 T + 4 date tiles) FLOP, and a result that differs from run to run in its last bits.
 """
 
 import triton

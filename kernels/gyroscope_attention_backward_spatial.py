@@ -6,6 +6,9 @@ first had to leave out (finite in `reference`), a date at a time with its own re
 and adds to what the first wrote.
 
 p_delta holds (B, T, N, H) numbers with validity by position, else their sums (B, tiles, N, H).
+
+dk_median comes from one of the two first launches, DK: from that of the keys, which adds it up in
+registers, or from that of the queries, which has dE already and adds to memory atomically.
 """
 
 import triton
@@ -24,15 +27,15 @@ def spatial_key_kernel(
     p_qm, p_km, p_v, p_do, p_valid, p_reference, p_delta, p_any, p_dv, p_dk,
     qm_s, km_s, v_s, do_s, valid_s, reference_s, delta_s, any_s, dv_s, dk_s,
     H, T, N, scale,
-    VALIDITY: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr,
+    VALIDITY: tl.constexpr, OWN: tl.constexpr, DK: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     WIDTHS: tl.constexpr, TT: tl.constexpr,
 ):  # fmt: skip
     """One program: BN keys, TT dates (OWN: all dates in turn), loop over all queries.
 
     Tiles are transposed (keys are rows), so that P^T is a left operand from registers. dk
-    (tiles, B, N, H, D) is float32, undefined at keys that are valid on no date. p_any (B, T, H):
-    whether a date has rows for the second launch.
+    (tiles, B, N, H, D) is float32, undefined at keys that are valid on no date; without DK it is
+    not touched. p_any (B, T, H): whether a date has rows for the second launch.
     """
     tiles = tl.cdiv(T, TT)
     if OWN:
@@ -61,33 +64,34 @@ def spatial_key_kernel(
             dk = key_tile(
                 dk, k, t, end, block, p_qm, p_v, p_do, p_valid, p_reference, p_delta,
                 p_dv, qm_s, v_s, do_s, valid_s, reference_s, delta_s, dv_s, T, N, scale,
-                VALIDITY, OWN, PRECISION, D, DP, BM, BN, WIDTHS, TT,
+                VALIDITY, OWN, DK, PRECISION, D, DP, BM, BN, WIDTHS, TT,
             )  # fmt: skip
             t += 1
     else:
         dk = key_tile(
             dk, k, tile.to(tl.int64), N, block, p_qm, p_v, p_do, p_valid, p_reference,
             p_delta, p_dv, qm_s, v_s, do_s, valid_s, reference_s, delta_s, dv_s, T, N, scale,
-            VALIDITY, OWN, PRECISION, D, DP, BM, BN, WIDTHS, TT,
+            VALIDITY, OWN, DK, PRECISION, D, DP, BM, BN, WIDTHS, TT,
         )  # fmt: skip
-    p_dk += tile.to(tl.int64) * dk_s[0] + b * dk_s[1] + h * dk_s[3] + first * dk_s[2]
-    p_dk += (tl.arange(0, BN) * dk_s[2])[:, None] + d[None, :]
-    dk = dk * scale
-    if OWN:
-        dk += tl.load(p_dk, mask=m, other=0.0)
-        tl.debug_barrier()  # dk is read and overwritten; threads may hold copies
-    tl.store(p_dk, dk, mask=m)
+    if DK:
+        p_dk += tile.to(tl.int64) * dk_s[0] + b * dk_s[1] + h * dk_s[3] + first * dk_s[2]
+        p_dk += (tl.arange(0, BN) * dk_s[2])[:, None] + d[None, :]
+        dk = dk * scale
+        if OWN:
+            dk += tl.load(p_dk, mask=m, other=0.0)
+            tl.debug_barrier()  # dk is read and overwritten; threads may hold copies
+        tl.store(p_dk, dk, mask=m)
 
 
 @triton.jit
 def key_tile(
     dk, k, tile, end, block, p_qm, p_v, p_do, p_valid, p_reference, p_delta, p_dv,
     qm_s, v_s, do_s, valid_s, reference_s, delta_s, dv_s, T, N, scale,
-    VALIDITY: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr,
+    VALIDITY: tl.constexpr, OWN: tl.constexpr, DK: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     WIDTHS: tl.constexpr, TT: tl.constexpr,
 ):  # fmt: skip
-    """Adds the dates of a tile to dv in memory, and returns dk with theirs added."""
+    """Adds the dates of a tile to dv in memory, and returns dk, with DK with theirs added."""
     t0 = tile * TT
     d = tl.arange(0, DP)
     inside = block * BN + tl.arange(0, BN) < N
@@ -97,7 +101,8 @@ def key_tile(
     for i in tl.static_range(len(WIDTHS)):
         dv = dv + (tl.zeros([BN, WIDTHS[i] * DP], tl.float32),)
         p_t, m_t = date_columns(p_v, block * BN, t, v_s[1], v_s[2], T, N, BN, WIDTHS[i], D, DP)
-        values = values + (tl.load(p_t, mask=m_t, other=0.0),)
+        if DK:
+            values = values + (tl.load(p_t, mask=m_t, other=0.0),)
         t += WIDTHS[i]
     if OWN:
         p_reference += t0 * reference_s[1]
@@ -123,19 +128,21 @@ def key_tile(
                 m_s = m_s & (reference < float("inf"))[:, None]
             do = tl.load(p_s, mask=m_s, other=0.0)
             sums = sums + (tl.dot(weights, do, dv[i], input_precision=PRECISION),)
-            dp = tl.dot(values[i], tl.trans(do), dp, input_precision=PRECISION)
-            if VALIDITY == BY_POSITION and not OWN:
-                dp = less_deltas(
-                    dp, p_delta + r.to(tl.int64) * delta_s[2], r < N, p_valid, inside,
-                    s, delta_s[1], valid_s[1], T, True, WIDTHS[i],
-                )  # fmt: skip
+            if DK:
+                dp = tl.dot(values[i], tl.trans(do), dp, input_precision=PRECISION)
+                if VALIDITY == BY_POSITION and not OWN:
+                    dp = less_deltas(
+                        dp, p_delta + r.to(tl.int64) * delta_s[2], r < N, p_valid, inside,
+                        s, delta_s[1], valid_s[1], T, True, WIDTHS[i],
+                    )  # fmt: skip
             s += WIDTHS[i]
         dv = sums
         p_do += BM * do_s[2]
-        if VALIDITY != BY_POSITION or OWN:
-            o = r.to(tl.int64) * delta_s[2] + tile * delta_s[1]
-            dp -= tl.load(p_delta + o, mask=r < N, other=0.0)[None, :]
-        dk = tl.dot((p * dp).to(q.dtype), q, dk, input_precision=PRECISION)
+        if DK:
+            if VALIDITY != BY_POSITION or OWN:
+                o = r.to(tl.int64) * delta_s[2] + tile * delta_s[1]
+                dp -= tl.load(p_delta + o, mask=r < N, other=0.0)[None, :]
+            dk = tl.dot((p * dp).to(q.dtype), q, dk, input_precision=PRECISION)
     t = t0
     for i in tl.static_range(len(WIDTHS)):
         p_t, m_t = date_columns(p_dv, block * BN, t, dv_s[1], dv_s[2], T, N, BN, WIDTHS[i], D, DP)
@@ -179,17 +186,17 @@ def date_bytes(p_valid, inside, t, stride_t, T, W: tl.constexpr, DP: tl.constexp
 
 @triton.jit
 def spatial_query_kernel(
-    p_qm, p_km, p_v, p_do, p_valid, p_seen, p_reference, p_delta, p_dq,
-    qm_s, km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, dq_s,
+    p_qm, p_km, p_v, p_do, p_valid, p_seen, p_reference, p_delta, p_dq, p_dk,
+    qm_s, km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, dq_s, dk_s,
     H, T, N, scale,
-    VALIDITY: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr,
+    VALIDITY: tl.constexpr, OWN: tl.constexpr, DK: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     WIDTHS: tl.constexpr, TT: tl.constexpr,
 ):  # fmt: skip
     """One program: BM queries, TT dates (OWN: all dates in turn), loop over all keys.
 
-    dq (tiles, B, N, H, D) is float32. p_seen: keys that take part, (B, T, N); strided 0 over dates
-    in the first launch.
+    dq (tiles, B, N, H, D) is float32. With DK all programs of a head add to dk (1, B, N, H, D).
+    p_seen: keys that take part, (B, T, N); strided 0 over dates in the first launch.
     """
     tiles = tl.cdiv(T, TT)
     if OWN:
@@ -210,21 +217,22 @@ def spatial_query_kernel(
     m = (rows < N)[:, None] & (d < D)[None, :]
     o = (tl.arange(0, BM) * qm_s[1])[:, None] + d[None, :]
     q = tl.load(p_qm + o, mask=m, other=0.0)
+    p_dk += b * dk_s[1] + h * dk_s[3]
     dq = tl.zeros([BM, DP], tl.float32)
     if OWN:
         t = tile.to(tl.int64)  # 0, in 64 bits
         for _ in range(T):
             dq = query_tile(
-                dq, q, t, block, p_km, p_v, p_do, p_valid, p_seen, p_reference,
-                p_delta, km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, T, N, scale,
-                VALIDITY, OWN, PRECISION, D, DP, BM, BN, WIDTHS, TT,
+                dq, q, t, block, p_km, p_v, p_do, p_valid, p_seen, p_reference, p_delta,
+                p_dk, km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, dk_s, T, N, scale,
+                VALIDITY, OWN, DK, PRECISION, D, DP, BM, BN, WIDTHS, TT,
             )  # fmt: skip
             t += 1
     else:
         dq = query_tile(
-            dq, q, tile.to(tl.int64), block, p_km, p_v, p_do, p_valid, p_seen, p_reference,
-            p_delta, km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, T, N, scale,
-            VALIDITY, OWN, PRECISION, D, DP, BM, BN, WIDTHS, TT,
+            dq, q, tile.to(tl.int64), block, p_km, p_v, p_do, p_valid, p_seen, p_reference, p_delta,
+            p_dk, km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, dk_s, T, N, scale,
+            VALIDITY, OWN, DK, PRECISION, D, DP, BM, BN, WIDTHS, TT,
         )  # fmt: skip
     p_dq += tile.to(tl.int64) * dq_s[0] + b * dq_s[1] + h * dq_s[3] + first * dq_s[2]
     p_dq += (tl.arange(0, BM) * dq_s[2])[:, None] + d[None, :]
@@ -257,13 +265,13 @@ def rows_by_rows(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def query_tile(
-    dq, q, tile, block, p_km, p_v, p_do, p_valid, p_seen, p_reference, p_delta,
-    km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, T, N, scale,
-    VALIDITY: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr,
+    dq, q, tile, block, p_km, p_v, p_do, p_valid, p_seen, p_reference, p_delta, p_dk,
+    km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, dk_s, T, N, scale,
+    VALIDITY: tl.constexpr, OWN: tl.constexpr, DK: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     WIDTHS: tl.constexpr, TT: tl.constexpr,
 ):  # fmt: skip
-    """dq with the dates of a tile added."""
+    """dq with the dates of a tile added; with DK theirs of dk go to memory."""
     t0 = tile * TT
     d = tl.arange(0, DP)
     inside = block * BM + tl.arange(0, BM) < N
@@ -283,6 +291,7 @@ def query_tile(
     if VALIDITY != BY_POSITION or OWN:
         delta = tl.load(p_delta + tile * delta_s[1], mask=inside, other=0.0)
     o_k = (tl.arange(0, BN) * km_s[1])[:, None] + d[None, :]
+    o_dk = (tl.arange(0, BN) * dk_s[2])[:, None] + d[None, :]
     for start in tl.range(0, end, BN):
         c = start + tl.arange(0, BN)
         m_c = c < N
@@ -308,5 +317,11 @@ def query_tile(
         if VALIDITY != BY_POSITION or OWN:
             dp -= delta[:, None]
         p_v += BN * v_s[2]
-        dq = tl.dot((p * dp).to(k.dtype), k, dq, input_precision=PRECISION)
+        de = (p * dp).to(k.dtype)
+        dq = tl.dot(de, k, dq, input_precision=PRECISION)
+        if DK:
+            dk = tl.dot(tl.trans(de), q, input_precision=PRECISION) * scale  # [BN, DP]
+            m = (c < N)[:, None] & (d < D)[None, :]
+            tl.atomic_add(p_dk + o_dk, dk, mask=m, sem="relaxed")
+            p_dk += BN * dk_s[2]
     return dq

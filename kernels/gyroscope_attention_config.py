@@ -28,7 +28,8 @@ class Tile(NamedTuple):
 # Kernel, head dimension above 64 -> columns of accumulators that a pass holds (dates times padded
 # head dimension), queries, keys, warps, stages and registers, of 16-bit numbers: first where all
 # dates have the same keys, then with validity by position, whose masks take registers, then for its
-# second launches if theirs differ.
+# second launches if theirs differ. "values" and "both" are the kernels of keys and queries where
+# the latter add up dk_median.
 AMPERE = {
     ("forward", False): ((192, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
     ("forward", True): ((128, 128, 32, 8, 3), (128, 128, 32, 8, 3)),
@@ -36,6 +37,10 @@ AMPERE = {
     ("keys", True): ((128, 16, 128, 8, 2), (128, 16, 128, 8, 2), (128, 16, 64, 8, 2)),
     ("queries", False): ((320, 128, 64, 8, 2), (96, 128, 32, 8, 2)),
     ("queries", True): ((256, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
+    ("values", False): ((192, 32, 128, 8, 2), (128, 32, 128, 8, 2)),
+    ("values", True): ((128, 32, 128, 8, 2), (128, 32, 128, 8, 2)),
+    ("both", False): ((320, 128, 64, 8, 2), (96, 128, 32, 8, 2)),
+    ("both", True): ((128, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
 }
 HOPPER = {
     ("forward", False): ((320, 128, 32, 8, 3), (192, 128, 32, 8, 3)),
@@ -44,6 +49,10 @@ HOPPER = {
     ("keys", True): ((128, 32, 128, 8, 2), (128, 32, 128, 8, 2), (128, 16, 64, 8, 2)),
     ("queries", False): ((320, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
     ("queries", True): ((256, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
+    ("values", False): ((320, 32, 128, 8, 3), (256, 32, 128, 8, 3)),
+    ("values", True): ((256, 32, 128, 8, 2), (128, 32, 128, 8, 2)),
+    ("both", False): ((320, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
+    ("both", True): ((256, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
 }
 BLACKWELL = AMPERE | {
     ("keys", True): ((128, 16, 128, 8, 2), (128, 16, 128, 8, 2), (128, 16, 32, 8, 2)),
@@ -57,6 +66,10 @@ SMALL = {  # 99 KiB of shared memory
     ("keys", True): ((128, 16, 64, 4, 2), (128, 16, 64, 4, 2), (128, 16, 64, 8, 2)),
     ("queries", False): ((128, 128, 32, 8, 2), (96, 128, 32, 8, 2, 255)),
     ("queries", True): ((128, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
+    ("values", False): ((128, 32, 128, 8, 2), (128, 32, 128, 8, 2)),
+    ("values", True): ((128, 32, 128, 8, 2), (128, 32, 128, 8, 2)),
+    ("both", False): ((128, 128, 32, 8, 2), (64, 128, 32, 8, 2)),
+    ("both", True): ((128, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
 }
 GENERATIONS = {
     80: AMPERE, 86: SMALL, 87: AMPERE, 89: SMALL, 90: HOPPER, 100: BLACKWELL, 110: SMALL,
@@ -68,6 +81,10 @@ SINGLE = {  # float32, exact products on CUDA cores, all capabilities
     ("keys", True): ((128, 32, 32, 8, 1, 255),),
     ("queries", False): ((64, 32, 32, 8, 1, 255),),
     ("queries", True): ((128, 16, 16, 8, 1, 255),),
+    ("values", False): ((64, 32, 32, 8, 1, 255),),
+    ("values", True): ((128, 32, 32, 8, 1, 255),),
+    ("both", False): ((64, 16, 16, 8, 1, 255),),
+    ("both", True): ((128, 16, 16, 8, 1, 255),),
 }
 
 
@@ -96,7 +113,7 @@ def widths(dates: int, columns: int, head_dim: int) -> tuple[int, ...]:
 def tile(
     kernel: str, dates: int, head_dim: int, dtype: torch.dtype, launch: int, capability: int
 ) -> Tile:
-    """Tile of the spatial kernel "forward", "keys" or "queries".
+    """Tile of the spatial kernel "forward", "keys", "queries", "values" or "both".
 
     `launch` is 0 where all dates have the same keys, 1 with validity by position, 2 for the second
     launch of that.

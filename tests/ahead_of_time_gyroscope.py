@@ -37,8 +37,8 @@ def cases(capability: int) -> Iterator[tuple]:
 
 def spatial_cases(dtype, dates, head_dim, kind, own, capability) -> Iterator[tuple]:
     yield spatial_case(dtype, dates, head_dim, kind, own, capability)
-    for keys in (True, False):
-        yield spatial_backward_case(dtype, dates, head_dim, kind, own, capability, keys)
+    for name in ("keys", "queries") if own else ("keys", "queries", "values", "both"):
+        yield spatial_backward_case(dtype, dates, head_dim, kind, own, capability, name)
 
 
 def launch(kind: int, own: bool) -> int:
@@ -119,28 +119,29 @@ def temporal_backward_cases(dtype, dates, head_dim, kind) -> list[tuple]:
     return [query, key]
 
 
-def spatial_backward_case(dtype, dates, head_dim, kind, own, capability, keys) -> tuple:
-    """Of `spatial_key_kernel` (keys) or `spatial_query_kernel`."""
-    name = "keys" if keys else "queries"
+def spatial_backward_case(dtype, dates, head_dim, kind, own, capability, name) -> tuple:
+    """Of `spatial_key_kernel` ("keys", "values") or `spatial_query_kernel` ("queries", "both")."""
     tile = config.tile(name, dates, head_dim, DTYPES[dtype], launch(kind, own), capability)
     x = f"*{dtype}"
     signature = {"p_qm": x, "p_km": x, "p_v": x, "p_do": x, "p_valid": "*u8"}
     strides = {
         "qm_s": ROW * 4, "km_s": ROW * 4, "v_s": SERIES, "do_s": SERIES, "valid_s": ANY * 3
     }  # fmt: skip
-    if keys:
+    if name in ("keys", "values"):
         signature |= {"p_reference": "*fp32", "p_delta": "*fp32", "p_any": "*u8"}
         signature |= {"p_dv": x, "p_dk": "*fp32"}
         strides |= {"reference_s": ANY * 4, "delta_s": ANY * 4, "any_s": ANY * 3}
         strides |= {"dv_s": SERIES, "dk_s": SERIES}
         kernel = spatial.spatial_key_kernel
     else:
-        signature |= {"p_seen": "*u8", "p_reference": "*fp32", "p_delta": "*fp32", "p_dq": "*fp32"}
-        strides |= {"seen_s": ANY * 3, "reference_s": ANY * 4, "delta_s": ANY * 4, "dq_s": SERIES}
+        signature |= {"p_seen": "*u8", "p_reference": "*fp32", "p_delta": "*fp32"}
+        signature |= {"p_dq": "*fp32", "p_dk": "*fp32"}
+        strides |= {"seen_s": ANY * 3, "reference_s": ANY * 4, "delta_s": ANY * 4}
+        strides |= {"dq_s": SERIES, "dk_s": SERIES}
         kernel = spatial.spatial_query_kernel
     signature |= strides | {"H": "i32", "T": "i32", "N": "i32", "scale": "fp32"}
     constants = common(dtype, kind, head_dim) | {
-        "OWN": own, "BM": tile.queries, "BN": tile.keys,
+        "OWN": own, "DK": name in ("keys", "both"), "BM": tile.queries, "BN": tile.keys,
         "WIDTHS": tile.widths, "TT": sum(tile.widths),
     }  # fmt: skip
     label = f"gyroscope spatial {name} backward T={dates} D={head_dim} {dtype} validity={kind} "

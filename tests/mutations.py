@@ -22,6 +22,8 @@ TRITON_MASKS = (INTERPRET, TRITON, "-k", "several_blocks and position")
 TRITON_BLOCKS = (INTERPRET, TRITON, "-k", "far_below and dtype0")
 TRITON_TILES = (INTERPRET, TRITON, "-k", "several_blocks and none")
 TRITON_SLOTS = (INTERPRET, TRITON, "-k", "far_slots")
+TRITON_ATOMIC = (INTERPRET, TRITON, "-k", "any_order and none")
+TRITON_ATOMIC_OWN = (INTERPRET, TRITON, "-k", "own_maximum and dtype3")
 TRITON_MEDIAN_FUZZ = (INTERPRET, "TIMO_FUZZ=0,8,16", FUZZ, "-k", "temporal_median")
 TRITON_DEVIATION_FUZZ = (INTERPRET, "TIMO_FUZZ=0,8,16", FUZZ, "-k", "median_deviation")
 TRITON_DEVIATION = (
@@ -346,6 +348,27 @@ MUTANTS = [
         "dk_median = dk_slots.sum(0)",
         "dk_median = dk_slots[0]",
         TRITON_TILES,
+    ),
+    Mutant(
+        "triton: all keys add to the first ones",
+        "kernels/gyroscope_attention_backward_spatial.py",
+        "            p_dk += BN * dk_s[2]\n",
+        "",
+        TRITON_ATOMIC,
+    ),
+    Mutant(
+        "triton: additions to memory that is not 0",
+        "kernels/gyroscope_attention.py",
+        "slots(1).zero_()",
+        "slots(1)",
+        TRITON_ATOMIC,
+    ),
+    Mutant(
+        "triton: rows of the second launch are not added",
+        "kernels/gyroscope_attention.py",
+        "tile.keys, 1, True, True,",
+        "tile.keys, 1, True, False,",
+        TRITON_ATOMIC_OWN,
     ),
     Mutant(
         "triton: upper median of an even count",

@@ -29,7 +29,9 @@ def test_environment_variable_and_argument(monkeypatch):
         "reference",
     )
     monkeypatch.setenv("TIMO_BACKEND", "fast")
-    with pytest.raises(ValueError, match=r"'fast'.*TIMO_BACKEND.*reference, cpp, triton, cuda"):
+    with pytest.raises(
+        ValueError, match=r"'fast'.*TIMO_BACKEND.*reference, cpp, triton_atomic, triton, cuda"
+    ):
         timo.ops.temporal_median(X)
 
 

@@ -27,6 +27,8 @@ SHAPES = [  # B, T, N, H, D
     (1, 2, 18, 1, 128),
 ]
 DTYPES = torch.float32, torch.float16, torch.bfloat16
+ATOMIC = f"{dispatch.TRITON_ATOMIC},{dispatch.TRITON}"
+REQUEST = dispatch.Request(torch.device(DEVICE), torch.float32, 3, 24)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -48,7 +50,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(kernels.config, "tile", tile)
 
 
-def compare(shape, kind, dtype, seed, scale=1.0, energy=0.25):
+def compare(shape, kind, dtype, seed, scale=1.0, energy=0.25, backend=BACKEND):
     """Output and gradients of float16, bfloat16 and float32 inputs against float64."""
     inputs, valid, cotangent = make(shape, kind, seed, dtype, energy)
     plain = evaluate(direct, inputs, valid, cotangent, scale)
@@ -59,7 +61,7 @@ def compare(shape, kind, dtype, seed, scale=1.0, energy=0.25):
     dirty = [x.to(DEVICE) for x in poison([*inputs, cotangent], valid)]
     kept = [x.clone() for x in dirty]
     there = None if valid is None else valid.to(DEVICE)
-    got = evaluate(gyroscope_attention, dirty[:6], there, dirty[6], scale, backend="triton")
+    got = evaluate(gyroscope_attention, dirty[:6], there, dirty[6], scale, backend=backend)
     assert [x.dtype for x in got] == [x.dtype for x in (inputs[0], *inputs)]
     check(got, exact, plain, magnitudes(wide[:6], valid, wide[6], scale, dtype))
     usable = spread(valid, shape)
@@ -86,11 +88,31 @@ def test_several_blocks_and_tiles(kind, small_tiles, poisoned):
     compare((2, 6, 17, 1, 16), kind, torch.bfloat16, 3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_row_with_its_own_maximum(dtype, small_tiles, poisoned, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", [ATOMIC])
+def test_gradient_of_medians_in_any_order(backend, kind, small_tiles, poisoned):
+    """Several programs and several tiles of dates add to the same rows of it."""
+    assert BACKWARD.choose(REQUEST, backend).backend == dispatch.TRITON_ATOMIC
+    compare((1, 3, 35, 2, 24), kind, torch.float32, 1, 0.7, backend=backend)
+    compare((2, 6, 18, 1, 16), kind, torch.bfloat16, 2, backend=backend)
+    compare((1, 5, 17, 1, 32), kind, torch.float16, 3, backend=backend)
+
+
+def test_any_order_only_on_request(monkeypatch):
+    assert BACKWARD.choose(REQUEST).backend != dispatch.TRITON_ATOMIC
+    assert "not deterministic" in BACKWARD.choose(REQUEST).reasons[dispatch.TRITON_ATOMIC]
+    assert FORWARD.choose(REQUEST, ATOMIC).backend == "triton"
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    choice = BACKWARD.choose(REQUEST, ATOMIC)
+    assert choice.backend == "triton"
+    assert "use_deterministic_algorithms" in choice.reasons[dispatch.TRITON_ATOMIC]
+
+
+@pytest.mark.parametrize("dtype, backend", [*((x, BACKEND) for x in DTYPES), (DTYPES[0], ATOMIC)])
+def test_every_row_with_its_own_maximum(dtype, backend, small_tiles, poisoned, monkeypatch):
     """The second launches alone must give all rows."""
     monkeypatch.setattr(kernels, "most", lambda dtype: 2.0**-100)
-    compare((2, 3, 19, 1, 32), "position", dtype, 4)
+    compare((2, 3, 19, 1, 32), "position", dtype, 4, backend=backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

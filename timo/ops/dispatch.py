@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 REFERENCE, CPP, TRITON, CUDA = "reference", "cpp", "triton", "cuda"
-BACKENDS = (CUDA, TRITON, CPP, REFERENCE)  # order of preference under "auto"
+TRITON_ATOMIC = "triton_atomic"  # Triton kernels that add up some gradient in any order
+BACKENDS = (CUDA, TRITON, TRITON_ATOMIC, CPP, REFERENCE)  # order of preference under "auto"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Backend:
         missing = unavailable(self.name)
         if missing:
             reasons.append(missing)
+        if self.name == TRITON_ATOMIC and torch.are_deterministic_algorithms_enabled():
+            reasons.append("not with torch.use_deterministic_algorithms: it adds up in any order")
         if request.device.type not in self.devices:
             reasons.append(f"runs on {' or '.join(self.devices)}, not on {request.device.type}")
         if request.dtype not in self.dtypes:
@@ -68,6 +71,8 @@ class Backend:
 
     def unproven(self, request: Request) -> str | None:
         """Why `auto` passes over a backend that could run; None if it does not."""
+        if self.name == TRITON_ATOMIC:
+            return f'not deterministic; ask for it by backend="{TRITON_ATOMIC},{TRITON}"'
         if self.name == TRITON and request.device.type == "cpu":
             return "runs in Triton's interpreter, for tests"
         if self.name == REFERENCE or request.device.type != "cuda" or self.evidence(request):
@@ -190,7 +195,7 @@ def unavailable(backend: str) -> str | None:
         return "timo._C is not built"
     if backend == CUDA and (compiled() is None or not compiled().has_cuda):
         return "timo._C was built without CUDA"
-    if backend == TRITON:
+    if backend in (TRITON, TRITON_ATOMIC):
         try:
             import triton  # noqa: F401
         except ImportError:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from timo.ops import dispatch, gyroscope_cpp
 from timo.ops.checks import FLOATS, check_same, check_shape, check_tensor, check_valid
-from timo.ops.dispatch import CPP, REFERENCE, TRITON, Backend, Request
+from timo.ops.dispatch import CPP, REFERENCE, TRITON, TRITON_ATOMIC, Backend, Request
 from timo.ops.library import define, refuse_third_derivative
 
 # Elements of one block of energies in the reference. Its workspace is at most five such blocks in
@@ -45,7 +45,9 @@ def gyroscope_attention(
         valid: (B, T) or (B, T, N) bool, true where usable; all usable if None. Only valid
             entries serve as keys and values; whatever the others hold is never read into a result.
         scale: factor of all products of queries and keys; the published model has 1.
-        backend: "auto", or the backends to choose among (see `timo.ops.explain`).
+        backend: "auto", or the backends to choose among (see `timo.ops.explain`). With
+            "triton_atomic,triton" backward adds up the gradient of k_median in any order, for
+            2T + 4 products of N x N x D instead of 3T + 4.
 
     Returns:
         (B, T, N, H, D) in q's dtype, exactly 0 at invalid queries. Differentiable twice in
@@ -319,6 +321,12 @@ def _triton_backward(*inputs):
     return kernels.backward(*inputs)
 
 
+def _triton_atomic_backward(*inputs):
+    from timo.kernels import gyroscope_attention as kernels
+
+    return kernels.backward(*inputs, atomic=True)
+
+
 def _request(q, *_, **__) -> Request:
     return Request(q.device, q.dtype, dates=q.shape[1], head_dim=q.shape[4])
 
@@ -348,6 +356,7 @@ BACKWARD = dispatch.register(
     Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
     Backend(CPP, gyroscope_cpp.backward, ("cpu",), HALF_AND_SINGLE),
     Backend(TRITON, _triton_backward, **TRITON_LIMITS),
+    Backend(TRITON_ATOMIC, _triton_atomic_backward, **TRITON_LIMITS),
 )
 
 
