@@ -115,7 +115,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
     if not hasattr(libc, "mallopt") or not os.access(marks, os.W_OK):
         call()
         return None
-    map_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+    map_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
     libc.mallopt(map_threshold, 2**16)
     libc.malloc_trim(0)
     try:
@@ -124,7 +124,8 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
         call()
         return max(0, _kibibytes("/proc/self/status", "VmHWM") - before) * 1024
     finally:
-        libc.mallopt(map_threshold, 2**25)  # where glibc's own rule ends
+        libc.mallopt(map_threshold, 2**25)  # where glibc's own rule ends once blocks were freed,
+        libc.mallopt(trim_threshold, 2**26)  # as in any process that trains
 
 
 def _kibibytes(path: str, key: str) -> int:
