@@ -137,7 +137,8 @@ def backward(
         dk_slots = slots(1).zero_() if atomic else slots(tiles)
         spatial_pass(
             spatial_key_kernel, tile, tile.keys, tiles, False, not atomic,
-            *inputs, scaled, usable, shared, of_tiles(share, tile), seen, dv, dk_slots,
+            *inputs, scaled, usable, shared, share if atomic else of_tiles(share, tile), seen, dv,
+            dk_slots,
         )  # fmt: skip
         tile = tile_of("both" if atomic else "queries", T, launch)
         dq_slots = slots(triton.cdiv(T, sum(tile.widths)))
