@@ -124,8 +124,9 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
         call()
         return max(0, _kibibytes("/proc/self/status", "VmHWM") - before) * 1024
     finally:
-        libc.mallopt(map_threshold, 2**25)  # where glibc's own rule ends once blocks were freed,
-        libc.mallopt(trim_threshold, 2**26)  # as in any process that trains
+        # Where glibc's own rule ends: without the second, every freed block may go back.
+        libc.mallopt(map_threshold, 2**25)
+        libc.mallopt(trim_threshold, 2**26)
 
 
 def _kibibytes(path: str, key: str) -> int:

@@ -108,7 +108,7 @@ def backward(
             "VALIDITY": kind, "PRECISION": precision(q.dtype), "D": D, "DP": config.padded(D)
         }  # fmt: skip
 
-        def spatial_pass(kernel, tile, block, tiles, own, dk, *tensors):
+        def spatial_pass(kernel, tile, block, tiles, *tensors, own=False, dk):
             kernel[grid(B * H, tiles, triton.cdiv(N, block))](
                 *tensors, *map(Tensor.stride, tensors), H, T, N, float(scale),
                 OWN=own, DK=dk, **constants, WIDTHS=tile.widths, TT=sum(tile.widths),
@@ -136,27 +136,28 @@ def backward(
         tiles = triton.cdiv(T, sum(tile.widths))
         dk_slots = slots(1).zero_() if atomic else slots(tiles)
         spatial_pass(
-            spatial_key_kernel, tile, tile.keys, tiles, False, not atomic,
+            spatial_key_kernel, tile, tile.keys, tiles,
             *inputs, scaled, usable, shared, share if atomic else of_tiles(share, tile), seen, dv,
-            dk_slots,
+            dk_slots, dk=not atomic,
         )  # fmt: skip
         tile = tile_of("both" if atomic else "queries", T, launch)
         dq_slots = slots(triton.cdiv(T, sum(tile.widths)))
         spatial_pass(
-            spatial_query_kernel, tile, tile.queries, len(dq_slots), False, atomic,
+            spatial_query_kernel, tile, tile.queries, len(dq_slots),
             *inputs, scaled, usable, seen, shared, of_tiles(share, tile), dq_slots, dk_slots,
+            dk=atomic,
         )  # fmt: skip
         if kind == BY_POSITION.value:
             some = own.isfinite().any(2).view(torch.uint8)
             tile = tile_of("keys", 1, 2)
             spatial_pass(
-                spatial_key_kernel, tile, tile.keys, 1, True, True,
-                *inputs, grad, usable, own, delta, some, dv, dk_slots,
+                spatial_key_kernel, tile, tile.keys, 1,
+                *inputs, grad, usable, own, delta, some, dv, dk_slots, own=True, dk=True,
             )  # fmt: skip
             tile = tile_of("queries", 1, 2)
             spatial_pass(
-                spatial_query_kernel, tile, tile.queries, 1, True, False,
-                *inputs, grad, usable, usable, own, delta, dq_slots, dk_slots,
+                spatial_query_kernel, tile, tile.queries, 1,
+                *inputs, grad, usable, usable, own, delta, dq_slots, dk_slots, own=True, dk=False,
             )  # fmt: skip
     dk_median = dk_slots.sum(0)
     if valid is not None:

@@ -366,8 +366,8 @@ MUTANTS = [
     Mutant(
         "triton: rows of the second launch are not added",
         "kernels/gyroscope_attention.py",
-        "tile.keys, 1, True, True,",
-        "tile.keys, 1, True, False,",
+        "own=True, dk=True,",
+        "own=True, dk=False,",
         TRITON_ATOMIC_OWN,
     ),
     Mutant(

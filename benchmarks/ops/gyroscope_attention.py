@@ -28,11 +28,9 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     B, T, N, H, D = shape
     leaves, cotangent = inputs(shape, dtype, device)
     request = dispatch.Request(device, dtype, T, D)
-    refusals = {name: b.refusals(request) for name, b in module.BACKWARD.backends.items()}
+    refusals = {name: b.refusals(request) for name, b in module.FORWARD.backends.items()}
     backends = tuple(name for name, why in refusals.items() if not why)
-    calls = {
-        name: _one(partial(gyroscope_attention, backend=_named(name)), leaves) for name in backends
-    }
+    calls = {name: _one(partial(gyroscope_attention, backend=name), leaves) for name in backends}
     torch._dynamo.reset()  # code compiled for other shapes
     others = baselines.implementations(device.type)
     calls |= {name: _one(function, leaves) for name, function in others.items()}
@@ -81,12 +79,6 @@ def inputs(shape, dtype, device) -> tuple[list[torch.Tensor], torch.Tensor]:
     gate = draw(B, T, N, H).relu_().to(torch.promote_types(dtype, torch.float32))
     leaves = [q, k, v, q.median(1).values, k.median(1).values, gate]
     return [x.requires_grad_() for x in leaves], draw(B, T, N, H, D).to(dtype)
-
-
-def _named(backend: str) -> str:
-    """The argument for it; additions in any order are of backward alone."""
-    atomic = backend == dispatch.TRITON_ATOMIC
-    return f"{backend},{dispatch.TRITON}" if atomic else backend
 
 
 def _one(function, leaves):

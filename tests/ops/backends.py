@@ -27,7 +27,7 @@ def skip_reason(backend: str, device: str) -> str | None:
     """Why a case cannot run here; the reason is shown in the summary."""
     if missing := dispatch.unavailable(backend):
         return missing
-    if backend == dispatch.TRITON and device == "cpu":
+    if slow(backend, device):
         if os.environ.get("TRITON_INTERPRET") != "1":
             return "TRITON_INTERPRET is not 1"
     return None
@@ -35,7 +35,7 @@ def skip_reason(backend: str, device: str) -> str | None:
 
 def slow(backend: str, device: str) -> bool:
     """Whether a case runs in Triton's interpreter."""
-    return backend == dispatch.TRITON and device == "cpu"
+    return backend in (dispatch.TRITON, dispatch.TRITON_ATOMIC) and device == "cpu"
 
 
 def share(cases: list, backend: str, device: str, turn: int) -> list[tuple[int, object]]:

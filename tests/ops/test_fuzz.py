@@ -54,8 +54,8 @@ def small_tiles(request, monkeypatch):
 def choices(backend: str, op: str, dtype: torch.dtype) -> list[tuple[str, str | None]]:
     """What to run: backend, and of the compiled kernels the instruction set."""
     if backend == dispatch.TRITON:
-        atomic = op == "gyroscope_attention"
-        return [(backend, None), *[(f"{dispatch.TRITON_ATOMIC},{backend}", None)] * atomic]
+        names = (backend, dispatch.TRITON_ATOMIC)
+        return [(name, None) for name in names if name in dispatch.OPS[op].backends]
     return [("reference", None), *(("cpp", tier) for tier in tiers.available(op, dtype))]
 
 

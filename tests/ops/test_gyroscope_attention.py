@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import timo
-from tests.ops.backends import cases, skip_reason
+from tests.ops.backends import cases, skip_reason, slow
 from tests.ops.direct import direct, energies, magnitudes
 from tests.tolerance import assert_close
 from timo.ops import dispatch, gyroscope_attention
@@ -145,7 +145,7 @@ def test_parity(backend, device, dtype, kind):
     if why := skip_reason(backend, device):
         pytest.skip(why)
     limits = FORWARD.backends[backend]
-    interpreted = backend == dispatch.TRITON and device == "cpu"  # test_gyroscope_triton has more
+    interpreted = slow(backend, device)  # test_gyroscope_triton has more
     for seed, shape in enumerate(WIDE_SHAPES[:1] if interpreted else WIDE_SHAPES):
         request = dispatch.Request(torch.device(device), dtype, shape[1], shape[4])
         if limits.refusals(request):
@@ -419,6 +419,6 @@ def test_explain():
     choice = timo.ops.explain(gyroscope_attention, *inputs)
     assert choice.backend in FORWARD.backends
     assert set(choice.reasons) == set(dispatch.BACKENDS) - {choice.backend}
-    assert set(BACKWARD.backends) == {*FORWARD.backends, dispatch.TRITON_ATOMIC}
+    assert set(BACKWARD.backends) == set(FORWARD.backends)
     with pytest.raises(ValueError, match="backend is 'fast'"):
         gyroscope_attention(*inputs, backend="fast")

@@ -38,6 +38,7 @@ class Backend:
     max_dates: int | None = None
     head_dims: tuple[int, int] | None = None  # least and greatest
     min_capability: tuple[int, int] | None = None
+    deterministic: bool = True  # the same bits in every run; "auto" takes no other
     # Compute capabilities on which the parity suite has passed, each with the committed file that
     # says so: {"sm_90": "benchmarks/results/h100/parity.json"}. A test reads the files.
     proven: Mapping[str, str] = field(default_factory=dict)
@@ -48,8 +49,8 @@ class Backend:
         missing = unavailable(self.name)
         if missing:
             reasons.append(missing)
-        if self.name == TRITON_ATOMIC and torch.are_deterministic_algorithms_enabled():
-            reasons.append("not with torch.use_deterministic_algorithms: it adds up in any order")
+        if not self.deterministic and torch.are_deterministic_algorithms_enabled():
+            reasons.append("adds up in any order: not under torch.use_deterministic_algorithms")
         if request.device.type not in self.devices:
             reasons.append(f"runs on {' or '.join(self.devices)}, not on {request.device.type}")
         if request.dtype not in self.dtypes:
@@ -71,8 +72,8 @@ class Backend:
 
     def unproven(self, request: Request) -> str | None:
         """Why `auto` passes over a backend that could run; None if it does not."""
-        if self.name == TRITON_ATOMIC:
-            return f'not deterministic; ask for it by backend="{TRITON_ATOMIC},{TRITON}"'
+        if not self.deterministic:
+            return f'adds up in any order; ask for it by backend="{self.name}"'
         if self.name == TRITON and request.device.type == "cpu":
             return "runs in Triton's interpreter, for tests"
         if self.name == REFERENCE or request.device.type != "cuda" or self.evidence(request):

@@ -46,7 +46,7 @@ def gyroscope_attention(
             entries serve as keys and values; whatever the others hold is never read into a result.
         scale: factor of all products of queries and keys; the published model has 1.
         backend: "auto", or the backends to choose among (see `timo.ops.explain`). With
-            "triton_atomic,triton" backward adds up the gradient of k_median in any order, for
+            "triton_atomic" backward adds up the gradient of k_median in any order, for
             2T + 4 products of N x N x D instead of 3T + 4.
 
     Returns:
@@ -349,6 +349,7 @@ FORWARD = dispatch.register(
     Backend(REFERENCE, reference, ANY_DEVICE, FLOATS),
     Backend(CPP, gyroscope_cpp.forward, ("cpu",), HALF_AND_SINGLE),
     Backend(TRITON, _triton, **TRITON_LIMITS),
+    Backend(TRITON_ATOMIC, _triton, **TRITON_LIMITS, deterministic=False),  # for its backward
 )
 BACKWARD = dispatch.register(
     "gyroscope_attention_backward",
@@ -356,7 +357,7 @@ BACKWARD = dispatch.register(
     Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
     Backend(CPP, gyroscope_cpp.backward, ("cpu",), HALF_AND_SINGLE),
     Backend(TRITON, _triton_backward, **TRITON_LIMITS),
-    Backend(TRITON_ATOMIC, _triton_atomic_backward, **TRITON_LIMITS),
+    Backend(TRITON_ATOMIC, _triton_atomic_backward, **TRITON_LIMITS, deterministic=False),
 )
 
 
