@@ -3,8 +3,9 @@
 Usage: python -m benchmarks.gpu --out FOLDER [--minutes 9.5] [--steps build,parity,...]
 Writes parity.json (which backend passed on which capability; the evidence that `auto` follows
 once it is committed under benchmarks/results), ops.json, ops.md, ops.png, the
-like for pretraining, and log.txt, each as soon as there is something to write. Without a GPU it
-says so and succeeds.
+like for pretraining and the encoder, and log.txt, each as soon as there is something to write.
+Pretraining and the encoder run on the kernels whether or not there is evidence, unless
+TIMO_BACKEND says otherwise. Without a GPU it says so and succeeds.
 """
 
 import argparse
@@ -25,9 +26,10 @@ import torch
 from . import harness, report, runner
 from .ops import OPS, load
 
-STEPS = ("build", "parity", "sanitizer", "benchmarks", "pretraining")
+STEPS = ("build", "parity", "sanitizer", "benchmarks", "encoder", "pretraining")
 # Of the time that is left when a step begins, it may take this share.
-SHARE = {"build": 0.4, "parity": 0.55, "sanitizer": 0.25, "benchmarks": 0.6}
+SHARE = {"build": 0.4, "parity": 0.55, "sanitizer": 0.25, "benchmarks": 0.6, "encoder": 0.2}
+KERNELS = "cuda,triton,cpp,reference"  # what TIMO_BACKEND is for whole models
 SHORTEST = 10.0  # seconds that a command gets at least
 TIMED_OUT = 124
 
@@ -80,7 +82,8 @@ def parity(out: Path, device: torch.device, limit: float) -> int:
     there.unlink(missing_ok=True)
     workers = ["-n", str(min(14, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     code = run(
-        out, limit, sys.executable, "-m", "pytest", "tests/ops", "-k", "cuda or triton",
+        out, limit, sys.executable, "-m", "pytest", "tests/ops",
+        "-k", "(cuda or triton) and not emulated",
         f"--junitxml={there.resolve()}", *workers, OMP_NUM_THREADS="1",
     )  # fmt: skip
     complete = code in (0, 1) and there.exists()
@@ -139,11 +142,21 @@ def benchmarks(out: Path, device: torch.device, limit: float) -> int:
     return 1 if wrong else 0
 
 
+def encoder(out: Path, device: torch.device, limit: float) -> int:
+    """Forward and backward of base at 512 x 512 and 38 dates, with and without checkpointing."""
+    return models(out, limit, "encoder")
+
+
 def pretraining(out: Path, device: torch.device, limit: float) -> int:
-    """Steps of tiny and base, the fast path against the dense form; rows stay if time runs out."""
-    command = (sys.executable, "-m", "benchmarks.pretraining", "--out", out.resolve())
-    code = run(out, limit, *command, "--models", "timo_base,timo_tiny", "--compile")
-    return 0 if code == TIMED_OUT and (out / "pretraining.json").exists() else code
+    """Steps of tiny and base, the fast path against the dense form."""
+    return models(out, limit, "pretraining", "--models", "timo_base,timo_tiny", "--compile")
+
+
+def models(out: Path, limit: float, module: str, *options: str) -> int:
+    """A benchmark of whole models in a process of its own; rows stay if time runs out."""
+    command = (sys.executable, "-m", f"benchmarks.{module}", "--out", out.resolve(), *options)
+    code = run(out, limit, *command, TIMO_BACKEND=os.environ.get("TIMO_BACKEND", KERNELS))
+    return 0 if code == TIMED_OUT and (out / f"{module}.json").exists() else code
 
 
 def run(out: Path, limit: float, *command, **variables: str) -> int:

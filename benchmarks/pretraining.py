@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.backends.cudnn import conv
 
 import timo
 from timo.models import MaskedAutoencoder
@@ -163,11 +164,18 @@ class Bench:
         return torch.autocast(self.device.type, self.precision)
 
     def disagreement(self) -> dict[str, float]:
-        """Relative difference of each form's loss from the dense one's, in evaluation mode."""
-        frames = self.host.to(self.device)
+        """Relative difference of each form's loss from the dense one's, in evaluation mode.
+
+        In float32 proper, for at most 8 samples: convolutions on GPUs would take tf32.
+        """
+        frames, key, kept = self.host[:8].to(self.device), self.key, conv.fp32_precision
         self.model.eval()
-        with torch.no_grad():
-            losses = {n: call(frames).item() for n, call in self.calls.items() if n != COMPILED}
+        self.key, conv.fp32_precision = key[:8], "ieee"
+        try:
+            with torch.no_grad():
+                losses = {n: call(frames).item() for n, call in self.calls.items() if n != COMPILED}
+        finally:
+            self.key, conv.fp32_precision = key, kept
         self.model.train()
         return {n: abs(loss / losses[DENSE] - 1) for n, loss in losses.items()}
 
@@ -202,19 +210,34 @@ class Bench:
 
     def rows(self, budget: float, matmul: float) -> list[dict]:
         """A row for every implementation; all take turns, for about `budget` seconds each."""
-        wrong = {n: d for n, d in self.disagreement().items() if not d <= ROUNDING}
+        disagreement = self.disagreement()
+        wrong = {n for n, d in disagreement.items() if not d <= ROUNDING}
+        notes = {n: f"loss differs by {disagreement[n]:.1e}" for n in self.calls if n in wrong}
         names = [n for n in self.calls if n not in wrong and not (n == COMPILED and FAST in wrong)]
-        peaks = {name: (self.step(name), self.peak(name))[1] for name in names}
+        peaks = {}
+        for name in names:
+            try:
+                self.step(name)
+                peaks[name] = self.peak(name)
+            except torch.OutOfMemoryError:
+                notes[name] = "out of memory"
+            if name in notes:  # outside of `except`, whose traceback holds what was allocated
+                self.clock.seconds()  # drops the marks of half a step
+                self.model.zero_grad()
+                torch.cuda.empty_cache()
+        names = list(peaks)
         runs: dict[str, list[dict]] = {name: [] for name in names}
         cpu: dict[str, list[float]] = {name: [] for name in names}
         started = time.perf_counter()
-        while len(runs[names[0]]) < 3 or time.perf_counter() - started < budget * len(names):
+        while min(map(len, runs.values()), default=3) < 3 or (
+            time.perf_counter() - started < budget * len(names)
+        ):
             for name in names:
                 runs[name].append(self.step(name))
                 cpu[name].append(self.clock.cpu)
         counted = flops(self.model, self.grid[0], self.keep)
         batch = len(self.host)
-        rows = [dict(name=n, parity=False, disagreement=d, seconds=None) for n, d in wrong.items()]
+        rows = [dict(name=n, parity=n not in wrong, note=x, seconds=None) for n, x in notes.items()]
         for name in names:
             totals = torch.tensor([sum(run.values()) for run in runs[name]])
             low, median, high = totals.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
@@ -261,7 +284,7 @@ def markdown(environment: dict, rows: list[dict]) -> str:
     for row in rows:
         key = [row["model"], row["dates"], row["batch"], row["precision"], row["name"]]
         if row["seconds"] is None:
-            cells = [f"loss differs by {row['disagreement']:.1e}", *6 * [""]]
+            cells = [row["note"], *6 * [""]]
         else:
             peak = row["peak_bytes"]
             cells = [
@@ -350,7 +373,7 @@ def main() -> int:
                         break
                     rows += added
                     for row in added:
-                        done = f"{row['samples']:.2f} samples/s" if row["seconds"] else "wrong loss"
+                        done = f"{row['samples']:.2f} samples/s" if row["seconds"] else row["note"]
                         print(f"{name}, {dates} dates, batch {batch}, {precision}, "
                               f"{row['name']}: {done}", flush=True)  # fmt: skip
                     write(options.out, environment, rows)

@@ -19,20 +19,19 @@ SIZES = ("T", "H", "W", "M")
 
 @triton.jit
 def corner(
-    p_x, p_valid, unit, b, T, H, W, x_b, x_t, x_h, x_w, v_b, v_t, v_h, v_w,
-    STEP: tl.constexpr, HAS_VALID: tl.constexpr, UNIT: tl.constexpr,
+    p_x, unit, b, T, H, W, x_b, x_t, x_h, x_w, v_b, v_t, v_h, v_w,
+    STEP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Frames and validity at the first pixel of a unit, and its rows and columns in the frame.
+    """Frames at the first pixel of a unit, offset of validity, its rows and columns in the frame.
 
     An id out of range, which is not checked on a GPU, has none.
     """
     h, w = tl.cdiv(H, UNIT), tl.cdiv(W, UNIT)
     t, y, x = unit // (h * w), unit // w % h * UNIT, unit % w * UNIT  # 64-bit, as ids are
     p_x += (b * x_b + t * x_t + y * x_h) * STEP + x * x_w
-    if HAS_VALID:
-        p_valid += b * v_b + t * v_t + y * v_h + x * v_w
+    o_valid = b * v_b + t * v_t + y * v_h + x * v_w
     known = (unit >= 0) & (t < T)
-    return p_x, p_valid, tl.where(known, H - y, 0), tl.where(known, W - x, 0)
+    return p_x, o_valid, tl.where(known, H - y, 0), tl.where(known, W - x, 0)
 
 
 @triton.jit
@@ -75,10 +74,11 @@ def loss_kernel(
     """
     STATISTICS: tl.constexpr = NORM == "patch" or (NORM == "batch" and not LOSS)
     n = tl.program_id(0).to(tl.int64)
-    p_x, p_valid, rows, columns = corner(
-        p_x, p_valid, tl.load(p_ids + n), n // M, T, H, W, x_b, x_t, x_h, x_w, v_b, v_t, v_h, v_w,
-        STEP, HAS_VALID, UNIT,
-    )  # fmt: skip
+    p_x, o_valid, rows, columns = corner(
+        p_x, tl.load(p_ids + n), n // M, T, H, W, x_b, x_t, x_h, x_w, v_b, v_t, v_h, v_w, STEP, UNIT
+    )
+    if HAS_VALID:
+        p_valid += o_valid
     count = 0
     total = tl.zeros([BANDS, BLOCK], tl.float32)
     for start in range(0, UNIT * UNIT, BLOCK):
@@ -203,10 +203,11 @@ def loss_backward_kernel(
     CHUNKS: tl.constexpr = (UNIT * UNIT + BLOCK - 1) // BLOCK
     n = (tl.program_id(0) // CHUNKS).to(tl.int64)
     start = tl.program_id(0) % CHUNKS * BLOCK
-    p_x, p_valid, rows, columns = corner(
-        p_x, p_valid, tl.load(p_ids + n), n // M, T, H, W, x_b, x_t, x_h, x_w, v_b, v_t, v_h, v_w,
-        STEP, HAS_VALID, UNIT,
-    )  # fmt: skip
+    p_x, o_valid, rows, columns = corner(
+        p_x, tl.load(p_ids + n), n // M, T, H, W, x_b, x_t, x_h, x_w, v_b, v_t, v_h, v_w, STEP, UNIT
+    )
+    if HAS_VALID:
+        p_valid += o_valid
     p, inside, m = place(
         p_x, p_valid, start, rows, columns, x_h, x_w, v_h, v_w, STEP, HAS_VALID, UNIT, BLOCK
     )

@@ -55,9 +55,9 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
 def bands(shape, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Frames of random bytes, and the scale and offset of each band."""
-    generator = torch.Generator().manual_seed(0)
-    frames = torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
-    deviation = torch.rand(shape[2], generator=generator).to(device) + 0.5
+    options = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    frames = torch.randint(256, shape, dtype=torch.uint8, **options)
+    deviation = torch.rand(shape[2], **options) + 0.5
     return frames, deviation / 64, -2 * deviation
 
 

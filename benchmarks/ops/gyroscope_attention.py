@@ -69,10 +69,10 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 def inputs(shape, dtype, device) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Leaves with the strides that the layer's projections give, and a cotangent."""
     B, T, N, H, D = shape
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(*size):
-        return torch.randn(size, generator=generator).to(device)
+        return torch.randn(size, generator=generator, device=device)
 
     q = draw(B, T, N, H, D).mul_(0.5).to(dtype)
     k, v = draw(B, T, N, 2, H, D).mul_(0.5).to(dtype).unbind(3)

@@ -19,8 +19,8 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     B, T, C, H, W = shape
     frames, scale, offset = bands(shape, device)
     _, masked = units(shape, device)
-    generator = torch.Generator().manual_seed(2)
-    pred = torch.randn(*masked.shape, C * UNIT**2, generator=generator).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(2)
+    pred = torch.randn(*masked.shape, C * UNIT**2, generator=generator, device=device).to(dtype)
     pred.requires_grad_()
     request = dispatch.Request(device, dtype)
     calls, backends, skipped = {}, [], {}

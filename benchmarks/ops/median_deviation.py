@@ -21,14 +21,14 @@ CPU_SHAPES = [(1, *shape[1:]) for shape in SHAPES]
 
 def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Problem:
     B, T, N, H, D = shape
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
-    weight = torch.randn(D, generator=generator).to(device).requires_grad_()
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*size):
+        return torch.randn(size, generator=generator, device=device)
+
+    q, weight = draw(*shape).to(dtype).requires_grad_(), draw(D).requires_grad_()
     wide = torch.promote_types(dtype, torch.float32)
-    cotangents = [
-        torch.randn((B, N, H, D), generator=generator).to(device, dtype),
-        torch.randn((B, T, N, H), generator=generator).to(device, wide),
-    ]
+    cotangents = [draw(B, N, H, D).to(dtype), draw(B, T, N, H).to(wide)]
     request = FORWARD.request(q, weight)
     refusals = {name: b.refusals(request) for name, b in FORWARD.backends.items()}
     backends = tuple(name for name, why in refusals.items() if not why)

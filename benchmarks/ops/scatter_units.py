@@ -20,12 +20,12 @@ CPU_SHAPES = [(8, 3, 49, 512), (4, 10, 256, 512)]
 
 def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Problem:
     B, T, N, D = shape
-    generator = torch.Generator().manual_seed(0)
-    order = torch.rand(B, T * N, generator=generator).argsort(1).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    order = torch.rand(B, T * N, generator=generator, device=device).argsort(1)
     visible = order[:, : max(1, T * N // 4)].sort(1).values
 
     def draw(*size):
-        return torch.randn(size, generator=generator).to(device, dtype)
+        return torch.randn(size, generator=generator, device=device).to(dtype)
 
     tokens, mask = draw(*visible.shape, D).requires_grad_(), draw(D).requires_grad_()
     position, cotangent = draw(T * N, D), draw(B, T * N, D)

@@ -21,9 +21,9 @@ CPU_SHAPES = [(1, *shape[1:]) for shape in SHAPES]
 
 def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Problem:
     B, T, N, H, D = shape
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
-    cotangent = torch.randn((B, N, H, D), generator=generator).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
+    cotangent = torch.randn((B, N, H, D), generator=generator, device=device).to(dtype)
     request = FORWARD.request(x)
     refusals = {name: b.refusals(request) for name, b in FORWARD.backends.items()}
     backends = tuple(name for name, why in refusals.items() if not why)
