@@ -1,6 +1,7 @@
 """Everything that needs a GPU, in one command: build, parity, sanitizer, benchmarks.
 
 Usage: python -m benchmarks.gpu --out FOLDER [--minutes 9.5] [--steps build,parity,...]
+           [--tests EXPRESSION]
 Writes parity.json (which backend passed on which capability; the evidence that `auto` follows
 once it is committed under benchmarks/results), ops.json, ops.md, ops.png, the
 like for pretraining and the encoder, and log.txt, each as soon as there is something to write.
@@ -11,6 +12,7 @@ TIMO_BACKEND says otherwise. Without a GPU it says so and succeeds.
 import argparse
 import importlib
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -39,6 +41,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--minutes", type=float, default=9.5, help="time for all steps together")
     parser.add_argument("--steps", default=",".join(STEPS), help="which of them, in their order")
+    parser.add_argument(
+        "--tests", help="of parity only these, as pytest's -k; results of others stay"
+    )
     options = parser.parse_args()
     steps = options.steps.split(",")
     if unknown := set(steps) - set(STEPS):
@@ -56,7 +61,8 @@ def main() -> int:
         last = not set(STEPS[STEPS.index(step) + 1 :]) & set(steps)
         limit = left - 20 if last else left * SHARE[step]
         say(f"{step}: at most {limit:.0f} s")
-        code = globals()[step](options.out, device, limit)
+        chosen = (options.tests,) if step == "parity" else ()
+        code = globals()[step](options.out, device, limit, *chosen)
         say(f"{step}: {'ok' if code == 0 else f'exit code {code}'}")
         if step == "build" and code:
             return code
@@ -76,15 +82,19 @@ def build(out: Path, device: torch.device, limit: float) -> int:
     return code
 
 
-def parity(out: Path, device: torch.device, limit: float) -> int:
-    """Tests of the ops that run on the GPU; what passed is the evidence that `auto` follows."""
+def parity(out: Path, device: torch.device, limit: float, tests: str | None = None) -> int:
+    """Tests of the ops that run on the GPU; what passed is the evidence that `auto` follows.
+
+    Of some `tests` alone, earlier results of other ops stay if machine and commit are the same.
+    """
     there = out / "parity.xml"
     there.unlink(missing_ok=True)
-    workers = ["-n", str(min(14, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    chosen = "(cuda or triton) and not emulated" + (f" and ({tests})" if tests else "")
+    # Processes take turns on a GPU: more of them would not get more done.
+    workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     code = run(
-        out, limit, sys.executable, "-m", "pytest", "tests/ops",
-        "-k", "(cuda or triton) and not emulated",
-        f"--junitxml={there.resolve()}", *workers, OMP_NUM_THREADS="1",
+        out, limit, sys.executable, "-m", "pytest", "tests/ops", "-k", chosen,
+        f"--junitxml={there.resolve()}", "--durations=15", *workers, OMP_NUM_THREADS="1",
     )  # fmt: skip
     complete = code in (0, 1) and there.exists()
     record = {
@@ -93,7 +103,14 @@ def parity(out: Path, device: torch.device, limit: float) -> int:
         "passed": passed(there) if complete else {},
         "cases": cases(there) if there.exists() else {},
     }
-    report.write_json(out / "parity.json", record)
+    before = out / "parity.json"
+    if tests and before.exists():
+        earlier = json.loads(before.read_text())
+        if earlier["environment"] == record["environment"]:
+            record["complete"] &= earlier["complete"]
+            for key in ("passed", "cases"):
+                record[key] = earlier[key] | record[key]
+    report.write_json(before, record)
     there.unlink(missing_ok=True)  # log.txt has what failed
     for proof, (good, bad) in record["cases"].items():
         say(f"  {proof}: {good} passed, {bad} did not")

@@ -1,11 +1,13 @@
 """Gyroscope attention: launches of the forward and backward kernels.
 
 Memory beside inputs and results: with validity one copy of v; with validity by position a byte a
-query forward. Backward one series (do'), two numbers a query (three with validity by position),
-and a float32 dq_median per tile of dates and as many dk_median, or with atomic additions one.
+query forward, and a number a date, padded to 16 dates, and position. Backward one series (do'), two
+numbers a query (three with validity by position), and a float32 dq_median per tile of dates and as
+many dk_median, or with atomic additions one.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -44,24 +46,26 @@ def forward(q, k, v, q_median, k_median, gate, valid, scale) -> tuple[Tensor, Te
         if kind == BY_POSITION.value:
             far = torch.empty((B, T, N, H), dtype=torch.uint8, device=q.device)
 
-        def spatial_pass(dates, keys, own):
+        def spatial_pass(dates, take_part, own):
             launch = 2 if own else int(kind == BY_POSITION.value)
             tile = config.tile("forward", dates, D, q.dtype, launch, capability(q))
-            TT = sum(tile.widths)
+            TT, TV = sizes(tile)
+            flags = columns(usable, TT, TV, q.dtype) if kind == BY_POSITION.value else usable
             spatial_kernel[programs(N, tile.queries, T, TT, B * H)](
-                q_median, k_median, v, gate, usable, keys, out, lse, spatial, far,
-                *map(Tensor.stride, (q_median, k_median, v, gate, usable, keys, out, lse, spatial)),
+                q_median, k_median, v, gate, usable, take_part, flags, out, lse, spatial, far,
+                *map(Tensor.stride, (
+                    q_median, k_median, v, gate, usable, take_part, out, lse, spatial
+                )),
                 H, T, N, float(scale),
-                VALIDITY=kind, OWN=own, LEAST=1 / most(q.dtype), LAZY=lazy(capability(q)),
-                PRECISION=precision(q.dtype),
+                VALIDITY=kind, OWN=own, LEAST=1 / most(q.dtype), PRECISION=precision(q.dtype),
                 D=D, DP=config.padded(D), BM=tile.queries, BN=tile.keys,
-                WIDTHS=tile.widths, TT=TT, TV=max(16, triton.next_power_of_2(TT)),
+                BK=config.first_keys(tile, q.dtype), WIDTHS=tile.widths, TT=TT, TV=TV,
                 num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.registers,
             )  # fmt: skip
 
-        spatial_pass(T, seen, own=False)
+        spatial_pass(T, bias(seen[:, :1]).expand(B, T, N), own=False)
         if kind == BY_POSITION.value:
-            spatial_pass(1, usable, own=True)
+            spatial_pass(1, bias(usable), own=True)
     return out, lse, spatial
 
 
@@ -109,9 +113,14 @@ def backward(
         }  # fmt: skip
 
         def spatial_pass(kernel, tile, block, tiles, *tensors, own=False, dk):
+            TT, TV = sizes(tile)
+            flags = usable
+            if kind == BY_POSITION.value and not own:
+                dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
+                flags = columns(usable, TT, TV, dtype)
             kernel[grid(B * H, tiles, triton.cdiv(N, block))](
-                *tensors, *map(Tensor.stride, tensors), H, T, N, float(scale),
-                OWN=own, DK=dk, **constants, WIDTHS=tile.widths, TT=sum(tile.widths),
+                *tensors, *map(Tensor.stride, tensors), flags, H, T, N, float(scale),
+                OWN=own, DK=dk, **constants, WIDTHS=tile.widths, TT=TT, TV=TV,
                 BM=tile.queries, BN=tile.keys,
                 num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.registers,
             )  # fmt: skip
@@ -144,8 +153,8 @@ def backward(
         dq_slots = slots(triton.cdiv(T, sum(tile.widths)))
         spatial_pass(
             spatial_query_kernel, tile, tile.queries, len(dq_slots),
-            *inputs, scaled, usable, seen, shared, of_tiles(share, tile), dq_slots, dk_slots,
-            dk=atomic,
+            *inputs, scaled, bias(seen[:, :1]).expand(B, T, N), shared, of_tiles(share, tile),
+            dq_slots, dk_slots, dk=atomic,
         )  # fmt: skip
         if kind == BY_POSITION.value:
             some = own.isfinite().any(2).view(torch.uint8)
@@ -157,7 +166,7 @@ def backward(
             tile = tile_of("queries", 1, 2)
             spatial_pass(
                 spatial_query_kernel, tile, tile.queries, 1,
-                *inputs, grad, usable, usable, own, delta, dq_slots, dk_slots, own=True, dk=False,
+                *inputs, grad, bias(usable), own, delta, dq_slots, dk_slots, own=True, dk=False,
             )  # fmt: skip
     dk_median = dk_slots.sum(0)
     if valid is not None:
@@ -182,6 +191,29 @@ def validity(valid: Tensor | None, v: Tensor, *medians: Tensor):
     return kind, usable.view(torch.uint8), seen.view(torch.uint8), (v, *clean)
 
 
+def bias(take_part: Tensor) -> Tensor:
+    """Float32 to add to energies of keys: 0 where true, else -inf."""
+    return torch.zeros(take_part.shape, device=take_part.device).masked_fill_(
+        take_part == 0, float("-inf")
+    )
+
+
+def columns(usable: Tensor, dates: int, padded: int, dtype: torch.dtype) -> Tensor:
+    """Validity (B, T, N) as tiles of dates, (B, tiles, N, padded), 1 where true: what multiplies
+    weights of keys.
+    """
+    B, T, N = usable.shape
+    tiles = triton.cdiv(T, dates)
+    x = F.pad(usable, (0, 0, 0, tiles * dates - T)).reshape(B, tiles, dates, N).transpose(2, 3)
+    return F.pad(x.to(dtype), (0, padded - dates)).contiguous()
+
+
+def sizes(tile: config.Tile) -> tuple[int, int]:
+    """Dates of a tile, and columns of a matrix that holds a number for each."""
+    dates = sum(tile.widths)
+    return dates, max(16, triton.next_power_of_2(dates))
+
+
 def most(dtype: torch.dtype) -> float:
     """Weight of a date's own keys relative to the shared maximum at which it needs its own.
 
@@ -189,14 +221,6 @@ def most(dtype: torch.dtype) -> float:
     2^-126, float16 2^-24. And do' is up to so many times the gradient, which float16 must hold.
     """
     return 2.0**6 if dtype == torch.float16 else 2.0**60
-
-
-def lazy(capability: int) -> bool:
-    """Whether forward rescales only when it must.
-
-    Not where sums lie in tensor memory: Triton 3.7 fails to compile the test for sm_100.
-    """
-    return capability // 10 != 10
 
 
 def precision(dtype: torch.dtype) -> str:

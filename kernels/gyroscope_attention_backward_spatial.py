@@ -5,7 +5,8 @@ tile relative to the shared `spatial_lse` of a query. The second, OWN, computes 
 first had to leave out (finite in `reference`), a date at a time with its own reference and keys,
 and adds to what the first wrote.
 
-p_delta holds (B, T, N, H) numbers with validity by position, else their sums (B, tiles, N, H).
+p_delta holds (B, T, N, H) numbers with validity by position, else their sums (B, tiles, N, H). The
+former are taken off where a key is valid at a date: a product with p_columns, see `columns`.
 
 dk_median comes from one of the two first launches, DK: from that of the keys, which adds it up in
 registers, or from that of the queries, which has dE already and adds to memory atomically.
@@ -18,6 +19,8 @@ from timo.kernels.gyroscope_attention_forward import (
     BITS,
     BY_POSITION,
     date_columns,
+    key_columns,
+    only_keys,
     place,
 )
 
@@ -26,10 +29,10 @@ from timo.kernels.gyroscope_attention_forward import (
 def spatial_key_kernel(
     p_qm, p_km, p_v, p_do, p_valid, p_reference, p_delta, p_any, p_dv, p_dk,
     qm_s, km_s, v_s, do_s, valid_s, reference_s, delta_s, any_s, dv_s, dk_s,
-    H, T, N, scale,
+    p_columns, H, T, N, scale,
     VALIDITY: tl.constexpr, OWN: tl.constexpr, DK: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WIDTHS: tl.constexpr, TT: tl.constexpr,
+    WIDTHS: tl.constexpr, TT: tl.constexpr, TV: tl.constexpr,
 ):  # fmt: skip
     """One program: BN keys, TT dates (OWN: all dates in turn), loop over all queries.
 
@@ -53,6 +56,7 @@ def spatial_key_kernel(
     p_valid += b * valid_s[0] + keys.to(tl.int64) * valid_s[2]  # [BN]
     p_reference += b * reference_s[0] + h * reference_s[3]
     p_delta += b * delta_s[0] + h * delta_s[3]
+    p_columns += (b * tiles + tile) * N * TV
     m = (keys < N)[:, None] & (d < D)[None, :]
     o = (tl.arange(0, BN) * km_s[1])[:, None] + d[None, :]
     k = tl.load(p_km + o, mask=m, other=0.0)
@@ -62,16 +66,16 @@ def spatial_key_kernel(
         for _ in range(T):
             end = N * tl.load(p_any + b * any_s[0] + t * any_s[1] + h * any_s[2]).to(tl.int32)
             dk = key_tile(
-                dk, k, t, end, block, p_qm, p_v, p_do, p_valid, p_reference, p_delta,
+                dk, k, t, end, block, p_qm, p_v, p_do, p_valid, p_columns, p_reference, p_delta,
                 p_dv, qm_s, v_s, do_s, valid_s, reference_s, delta_s, dv_s, T, N, scale,
-                VALIDITY, OWN, DK, PRECISION, D, DP, BM, BN, WIDTHS, TT,
+                VALIDITY, OWN, DK, PRECISION, D, DP, BM, BN, WIDTHS, TT, TV,
             )  # fmt: skip
             t += 1
     else:
         dk = key_tile(
-            dk, k, tile.to(tl.int64), N, block, p_qm, p_v, p_do, p_valid, p_reference,
+            dk, k, tile.to(tl.int64), N, block, p_qm, p_v, p_do, p_valid, p_columns, p_reference,
             p_delta, p_dv, qm_s, v_s, do_s, valid_s, reference_s, delta_s, dv_s, T, N, scale,
-            VALIDITY, OWN, DK, PRECISION, D, DP, BM, BN, WIDTHS, TT,
+            VALIDITY, OWN, DK, PRECISION, D, DP, BM, BN, WIDTHS, TT, TV,
         )  # fmt: skip
     if DK:
         p_dk += tile.to(tl.int64) * dk_s[0] + b * dk_s[1] + h * dk_s[3] + first * dk_s[2]
@@ -85,11 +89,11 @@ def spatial_key_kernel(
 
 @triton.jit
 def key_tile(
-    dk, k, tile, end, block, p_qm, p_v, p_do, p_valid, p_reference, p_delta, p_dv,
+    dk, k, tile, end, block, p_qm, p_v, p_do, p_valid, p_columns, p_reference, p_delta, p_dv,
     qm_s, v_s, do_s, valid_s, reference_s, delta_s, dv_s, T, N, scale,
     VALIDITY: tl.constexpr, OWN: tl.constexpr, DK: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WIDTHS: tl.constexpr, TT: tl.constexpr,
+    WIDTHS: tl.constexpr, TT: tl.constexpr, TV: tl.constexpr,
 ):  # fmt: skip
     """Adds the dates of a tile to dv in memory, and returns dk, with DK with theirs added."""
     t0 = tile * TT
@@ -104,6 +108,11 @@ def key_tile(
         if DK:
             values = values + (tl.load(p_t, mask=m_t, other=0.0),)
         t += WIDTHS[i]
+    BY_DELTA: tl.constexpr = DK and VALIDITY == BY_POSITION and not OWN
+    p_delta += t0 * delta_s[1] if BY_DELTA else tile * delta_s[1]
+    if BY_DELTA:
+        signs = 0.0 - key_columns(p_columns, block * BN + tl.arange(0, BN), N, TV)  # [BN, TV]
+        signs = signs.to(p_columns.dtype.element_ty)
     if OWN:
         p_reference += t0 * reference_s[1]
         usable = tl.load(p_valid + t0 * valid_s[1], mask=inside, other=0) != 0
@@ -130,17 +139,15 @@ def key_tile(
             sums = sums + (tl.dot(weights, do, dv[i], input_precision=PRECISION),)
             if DK:
                 dp = tl.dot(values[i], tl.trans(do), dp, input_precision=PRECISION)
-                if VALIDITY == BY_POSITION and not OWN:
-                    dp = less_deltas(
-                        dp, p_delta + r.to(tl.int64) * delta_s[2], r < N, p_valid, inside,
-                        s, delta_s[1], valid_s[1], T, True, WIDTHS[i],
-                    )  # fmt: skip
             s += WIDTHS[i]
         dv = sums
         p_do += BM * do_s[2]
         if DK:
-            if VALIDITY != BY_POSITION or OWN:
-                o = r.to(tl.int64) * delta_s[2] + tile * delta_s[1]
+            if BY_DELTA:
+                delta = date_numbers(p_delta, r, t0, delta_s[1], delta_s[2], T, N, TT, TV)
+                dp = plus_product(dp, delta, signs, True, PRECISION)
+            else:
+                o = r.to(tl.int64) * delta_s[2]
                 dp -= tl.load(p_delta + o, mask=r < N, other=0.0)[None, :]
             dk = tl.dot((p * dp).to(q.dtype), q, dk, input_precision=PRECISION)
     t = t0
@@ -159,18 +166,30 @@ def key_tile(
 
 
 @triton.jit
-def less_deltas(
-    dp, p_delta, m, p_valid, m_k, t, delta_t, valid_t, T, KEYS_FIRST: tl.constexpr, W: tl.constexpr
-):
-    """dp less the numbers of queries [BM] at dates t ... t + W - 1, where a key [BN] is valid."""
-    for j in tl.static_range(W):
-        delta = tl.load(p_delta + (t + j) * delta_t, mask=m & (t + j < T), other=0.0)
-        usable = tl.load(p_valid + (t + j) * valid_t, mask=m_k & (t + j < T), other=0) != 0
-        if KEYS_FIRST:
-            dp -= tl.where(usable[:, None], delta[None, :], 0.0)
+def date_numbers(
+    p, n, t, stride_t, stride_n, T, N, TT: tl.constexpr, TV: tl.constexpr
+):  # fmt: skip
+    """Float32 numbers [TV, positions] of the TT dates from t on; p points at the first of them."""
+    i = tl.arange(0, TV)
+    o = i.to(tl.int64)[:, None] * stride_t + n.to(tl.int64)[None, :] * stride_n
+    return tl.load(p + o, mask=((i < TT) & (t + i < T))[:, None] & (n < N)[None, :], other=0.0)
+
+
+@triton.jit
+def plus_product(acc, numbers, ones, ONES_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """acc and the product of float32 numbers and zeros and ones, or minus ones.
+
+    bfloat16 `ones` meet the numbers in two parts, 16 bits together.
+    """
+    PARTS: tl.constexpr = 1 if ones.dtype == tl.float32 else 2
+    for _ in tl.static_range(PARTS):
+        rounded = numbers.to(ones.dtype)
+        if ONES_FIRST:
+            acc = tl.dot(ones, rounded, acc, input_precision=PRECISION)
         else:
-            dp -= tl.where(usable[None, :], delta[:, None], 0.0)
-    return dp
+            acc = tl.dot(rounded, ones, acc, input_precision=PRECISION)
+        numbers = numbers - rounded.to(tl.float32)
+    return acc
 
 
 @triton.jit
@@ -186,17 +205,18 @@ def date_bytes(p_valid, inside, t, stride_t, T, W: tl.constexpr, DP: tl.constexp
 
 @triton.jit
 def spatial_query_kernel(
-    p_qm, p_km, p_v, p_do, p_valid, p_seen, p_reference, p_delta, p_dq, p_dk,
-    qm_s, km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, dq_s, dk_s,
-    H, T, N, scale,
+    p_qm, p_km, p_v, p_do, p_bias, p_reference, p_delta, p_dq, p_dk,
+    qm_s, km_s, v_s, do_s, bias_s, reference_s, delta_s, dq_s, dk_s,
+    p_columns, H, T, N, scale,
     VALIDITY: tl.constexpr, OWN: tl.constexpr, DK: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WIDTHS: tl.constexpr, TT: tl.constexpr,
+    WIDTHS: tl.constexpr, TT: tl.constexpr, TV: tl.constexpr,
 ):  # fmt: skip
     """One program: BM queries, TT dates (OWN: all dates in turn), loop over all keys.
 
     dq (tiles, B, N, H, D) is float32. With DK all programs of a head add to dk (1, B, N, H, D).
-    p_seen: keys that take part, (B, T, N); strided 0 over dates in the first launch.
+    p_bias (B, T, N): 0 for keys that take part, else -inf; strided 0 over dates in the first
+    launch.
     """
     tiles = tl.cdiv(T, TT)
     if OWN:
@@ -210,10 +230,10 @@ def spatial_query_kernel(
     p_km += b * km_s[0] + h * km_s[2]
     p_v += b * v_s[0] + h * v_s[3]
     p_do += b * do_s[0] + h * do_s[3] + first * do_s[2]
-    p_valid += b * valid_s[0]
-    p_seen += b * seen_s[0]
+    p_bias += b * bias_s[0]
+    p_columns += (b * tiles + tile) * N * TV
     p_reference += b * reference_s[0] + h * reference_s[3] + rows.to(tl.int64) * reference_s[2]
-    p_delta += b * delta_s[0] + h * delta_s[3] + rows.to(tl.int64) * delta_s[2]
+    p_delta += b * delta_s[0] + h * delta_s[3]
     m = (rows < N)[:, None] & (d < D)[None, :]
     o = (tl.arange(0, BM) * qm_s[1])[:, None] + d[None, :]
     q = tl.load(p_qm + o, mask=m, other=0.0)
@@ -223,16 +243,16 @@ def spatial_query_kernel(
         t = tile.to(tl.int64)  # 0, in 64 bits
         for _ in range(T):
             dq = query_tile(
-                dq, q, t, block, p_km, p_v, p_do, p_valid, p_seen, p_reference, p_delta,
-                p_dk, km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, dk_s, T, N, scale,
-                VALIDITY, OWN, DK, PRECISION, D, DP, BM, BN, WIDTHS, TT,
+                dq, q, t, block, p_km, p_v, p_do, p_columns, p_bias, p_reference, p_delta,
+                p_dk, km_s, v_s, do_s, bias_s, reference_s, delta_s, dk_s, T, N, scale,
+                VALIDITY, OWN, DK, PRECISION, D, DP, BM, BN, WIDTHS, TT, TV,
             )  # fmt: skip
             t += 1
     else:
         dq = query_tile(
-            dq, q, tile.to(tl.int64), block, p_km, p_v, p_do, p_valid, p_seen, p_reference, p_delta,
-            p_dk, km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, dk_s, T, N, scale,
-            VALIDITY, OWN, DK, PRECISION, D, DP, BM, BN, WIDTHS, TT,
+            dq, q, tile.to(tl.int64), block, p_km, p_v, p_do, p_columns, p_bias, p_reference,
+            p_delta, p_dk, km_s, v_s, do_s, bias_s, reference_s, delta_s, dk_s, T, N, scale,
+            VALIDITY, OWN, DK, PRECISION, D, DP, BM, BN, WIDTHS, TT, TV,
         )  # fmt: skip
     p_dq += tile.to(tl.int64) * dq_s[0] + b * dq_s[1] + h * dq_s[3] + first * dq_s[2]
     p_dq += (tl.arange(0, BM) * dq_s[2])[:, None] + d[None, :]
@@ -265,11 +285,11 @@ def rows_by_rows(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def query_tile(
-    dq, q, tile, block, p_km, p_v, p_do, p_valid, p_seen, p_reference, p_delta, p_dk,
-    km_s, v_s, do_s, valid_s, seen_s, reference_s, delta_s, dk_s, T, N, scale,
+    dq, q, tile, block, p_km, p_v, p_do, p_columns, p_bias, p_reference, p_delta, p_dk,
+    km_s, v_s, do_s, bias_s, reference_s, delta_s, dk_s, T, N, scale,
     VALIDITY: tl.constexpr, OWN: tl.constexpr, DK: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WIDTHS: tl.constexpr, TT: tl.constexpr,
+    WIDTHS: tl.constexpr, TT: tl.constexpr, TV: tl.constexpr,
 ):  # fmt: skip
     """dq with the dates of a tile added; with DK theirs of dk go to memory."""
     t0 = tile * TT
@@ -279,7 +299,7 @@ def query_tile(
     end = N
     if OWN:
         end = tl.where(tl.min(reference, 0) < float("inf"), N, 0)
-    p_seen += t0 * seen_s[1]
+    p_bias += t0 * bias_s[1]
     own = ()
     t = t0
     for i in tl.static_range(len(WIDTHS)):
@@ -288,33 +308,35 @@ def query_tile(
             m_t = m_t & (reference < float("inf"))[:, None]
         own = own + (tl.load(p_t, mask=m_t, other=0.0),)
         t += WIDTHS[i]
-    if VALIDITY != BY_POSITION or OWN:
-        delta = tl.load(p_delta + tile * delta_s[1], mask=inside, other=0.0)
+    n = block * BM + tl.arange(0, BM)
+    BY_DELTA: tl.constexpr = VALIDITY == BY_POSITION and not OWN
+    if BY_DELTA:
+        deltas = date_numbers(p_delta + t0 * delta_s[1], n, t0, *delta_s[1:3], T, N, TT, TV)
+        deltas = tl.trans(0.0 - deltas)  # [BM, TV]
+    else:
+        delta = tl.load(
+            p_delta + n.to(tl.int64) * delta_s[2] + tile * delta_s[1], mask=inside, other=0.0
+        )
     o_k = (tl.arange(0, BN) * km_s[1])[:, None] + d[None, :]
     o_dk = (tl.arange(0, BN) * dk_s[2])[:, None] + d[None, :]
     for start in tl.range(0, end, BN):
         c = start + tl.arange(0, BN)
-        m_c = c < N
-        if VALIDITY == BY_POSITION:
-            m_c = tl.load(p_seen + c.to(tl.int64) * seen_s[2], mask=c < N, other=0) != 0
         k = tl.load(p_km + o_k, mask=(c < N)[:, None] & (d < D)[None, :], other=0.0)
         p_km += BN * km_s[1]
         e = rows_by_rows(q, k, tl.zeros([BM, BN], tl.float32), PRECISION) * (scale * BITS)
-        # Without the mask a key beyond the end has energy 0, and its weight can be infinite.
-        p = tl.where(m_c[None, :], tl.exp2(e - reference[:, None]), 0.0)  # [BM, BN]
+        # A key beyond the end has energy 0, and its weight could be infinite.
+        p = tl.exp2(only_keys(e - reference[:, None], p_bias, c, bias_s[2], N, VALIDITY))
         dp = tl.zeros([BM, BN], tl.float32)
         s = t0
         for i in tl.static_range(len(WIDTHS)):
             p_s, m_s = date_columns(p_v, start, s, v_s[1], v_s[2], T, N, BN, WIDTHS[i], D, DP)
             v = tl.load(p_s, mask=m_s, other=0.0)
             dp = rows_by_rows(own[i], v, dp, PRECISION)
-            if VALIDITY == BY_POSITION and not OWN:
-                p_c = p_valid + c.to(tl.int64) * valid_s[2]
-                dp = less_deltas(
-                    dp, p_delta, inside, p_c, c < N, s, delta_s[1], valid_s[1], T, False, WIDTHS[i]
-                )
             s += WIDTHS[i]
-        if VALIDITY != BY_POSITION or OWN:
+        if BY_DELTA:
+            usable = tl.trans(key_columns(p_columns, c, N, TV))  # [TV, BN]
+            dp = plus_product(dp, deltas, usable, False, PRECISION)
+        else:
             dp -= delta[:, None]
         p_v += BN * v_s[2]
         de = (p * dp).to(k.dtype)

@@ -43,15 +43,15 @@ AMPERE = {
     ("both", True): ((128, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
 }
 HOPPER = {
-    ("forward", False): ((320, 128, 32, 8, 3), (192, 128, 32, 8, 3)),
+    ("forward", False): ((320, 64, 32, 4, 4), (256, 64, 32, 4, 4)),
     ("forward", True): ((256, 128, 32, 8, 3), (128, 128, 32, 8, 3)),
-    ("keys", False): ((256, 32, 128, 8, 2), (128, 32, 128, 8, 2)),
+    ("keys", False): ((320, 32, 128, 8, 3), (160, 32, 128, 8, 3), (64, 32, 128, 8, 2)),
     ("keys", True): ((128, 32, 128, 8, 2), (128, 32, 128, 8, 2), (128, 16, 64, 8, 2)),
-    ("queries", False): ((320, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
+    ("queries", False): ((320, 64, 32, 4, 3), (320, 64, 32, 4, 3)),
     ("queries", True): ((256, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
-    ("values", False): ((320, 32, 128, 8, 3), (256, 32, 128, 8, 3)),
+    ("values", False): ((320, 32, 64, 4, 4), (320, 32, 64, 4, 3)),
     ("values", True): ((256, 32, 128, 8, 2), (128, 32, 128, 8, 2)),
-    ("both", False): ((320, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
+    ("both", False): ((160, 128, 64, 8, 2), (160, 128, 64, 8, 2)),
     ("both", True): ((256, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
 }
 BLACKWELL = AMPERE | {
@@ -124,13 +124,22 @@ def tile(
     return Tile(widths(dates, columns, head_dim), *rest)
 
 
+def first_keys(tile: Tile, dtype: torch.dtype) -> int:
+    """Keys at a time where forward looks for the greatest energy and holds no sums yet."""
+    return max(64, tile.keys) if dtype.itemsize == 2 else tile.keys
+
+
 def temporal_tile(dates: int, head_dim: int, dtype: torch.dtype, values: int) -> dict[str, int]:
-    """Positions x query dates x padded head dimension, and 128 threads.
+    """Positions x query dates x padded head dimension, key dates at a time, and 128 threads.
 
     At most `values` 16-bit numbers, half as many of 32 bits, and half of either at head dimensions
-    above 64, and for one date, whose keys are as many numbers as its queries.
+    above 64, and for one date, whose keys are as many numbers as its queries. Tensor cores want 16
+    dates, most of them real, and would round float32.
     """
-    DP = triton.next_power_of_2(head_dim)
-    TQ = min(16, triton.next_power_of_2(dates))
+    products = dtype.itemsize == 2 and dates > 6
+    DP = padded(head_dim) if products else triton.next_power_of_2(head_dim)
+    TQ = 16 if products else min(16, triton.next_power_of_2(dates))
     values = values * 2 // dtype.itemsize // (2 if head_dim > 64 else 1)
-    return {"DP": DP, "TQ": TQ, "BP": max(1, values // (max(2, TQ) * DP)), "num_warps": 4}
+    BP = max(1, values // (max(2, TQ) * DP))
+    TK, stages = (16, min(2, triton.cdiv(dates, 16))) if products else (1, 3)
+    return {"DP": DP, "TQ": TQ, "TK": TK, "BP": BP, "num_warps": 4, "num_stages": stages}

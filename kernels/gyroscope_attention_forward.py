@@ -56,6 +56,24 @@ def date_rows(n, t, stride_t, stride_n, T, N):
 
 
 @triton.jit
+def date_usable(p, n, t, stride_t, stride_n, T, N, HAS_VALID: tl.constexpr):
+    """[rows, dates]: what exists and is valid."""
+    o, m = date_rows(n, t, stride_t, stride_n, T, N)
+    if HAS_VALID:
+        m = tl.load(p + o, mask=m, other=0) != 0
+    return m
+
+
+@triton.jit
+def date_series(p, n, t, stride_t, stride_n, m, D: tl.constexpr, DP: tl.constexpr):
+    """[rows, dates, DP], 0 where not m [rows, dates]."""
+    o = n.to(tl.int64)[:, None] * stride_n + t.to(tl.int64)[None, :] * stride_t
+    d = tl.arange(0, DP)
+    p += o[:, :, None] + d[None, None, :]
+    return tl.load(p, mask=m[:, :, None] & (d < D)[None, None, :], other=0.0)
+
+
+@triton.jit
 def spread(x, R: tl.constexpr, W: tl.constexpr, DP: tl.constexpr):
     """[R, W], a number a date -> [R, W * DP]."""
     return tl.reshape(tl.broadcast_to(x[:, :, None], [R, W, DP]), [R, W * DP])
@@ -68,11 +86,20 @@ def pick(x, have, want):
 
 
 @triton.jit
-def rescaled(accumulators, factor):
-    out = ()
-    for i in tl.static_range(len(accumulators)):
-        out = out + (accumulators[i] * factor[:, None],)
-    return out
+def only_keys(e, p_bias, c, stride, N, VALIDITY: tl.constexpr):
+    """Energies [queries, keys], -inf where a key c does not exist or does not take part."""
+    if VALIDITY == BY_POSITION:
+        e += tl.load(p_bias + c.to(tl.int64) * stride, mask=c < N, other=float("-inf"))[None, :]
+    else:
+        e = tl.where((c < N)[None, :], e, float("-inf"))
+    return e
+
+
+@triton.jit
+def key_columns(p, c, N, TV: tl.constexpr):
+    """Validity of keys c at the dates of a tile, [keys, TV]."""
+    o = c.to(tl.int64)[:, None] * TV + tl.arange(0, TV)[None, :]
+    return tl.load(p + o, mask=(c < N)[:, None], other=0.0)
 
 
 @triton.jit
@@ -80,19 +107,19 @@ def temporal_kernel(
     p_q, p_k, p_v, p_valid, p_out, p_lse,
     q_s, k_s, v_s, valid_s, out_s, lse_s,
     H, T, N, scale,
-    HAS_VALID: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, TQ: tl.constexpr,
+    HAS_VALID: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BP: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
 ):  # fmt: skip
     """One program: BP positions, TQ query dates, loop over all key dates.
 
-    fp32 multiply-adds: a T x T product per position is too small to fill tensor cores, and the
-    kernel waits for memory anyway.
+    TK key dates at a time on tensor cores, or with TK = 1 one by one, by fp32 multiply-adds.
     """
     block, tile, b, h = place(tl.cdiv(N, BP), tl.cdiv(T, TQ), H)
     n = block * BP + tl.arange(0, BP)
     t = tile * TQ + tl.arange(0, TQ)
     d = tl.arange(0, DP)
-    p_k += b * k_s[0] + h * k_s[3] + n.to(tl.int64)[:, None] * k_s[2] + d[None, :]  # [BP, DP]
-    p_v += b * v_s[0] + h * v_s[3] + n.to(tl.int64)[:, None] * v_s[2] + d[None, :]
+    p_k += b * k_s[0] + h * k_s[3]
+    p_v += b * v_s[0] + h * v_s[3]
     m_n = n < N
     p_valid += b * valid_s[0]
     o, m = date_rows(n, t, valid_s[1], valid_s[2], T, N)  # [BP, TQ]
@@ -101,29 +128,48 @@ def temporal_kernel(
         live = tl.load(p_valid + o, mask=m, other=0) != 0
     o, m = date_rows(n, t, q_s[1], q_s[2], T, N)
     p_q += b * q_s[0] + h * q_s[3] + o[:, :, None] + d[None, None, :]
-    q = tl.load(p_q, mask=live[:, :, None] & (d < D)[None, None, :], other=0.0).to(tl.float32)
+    q = tl.load(p_q, mask=live[:, :, None] & (d < D)[None, None, :], other=0.0)
 
     top = tl.full([BP, TQ], -1e30, tl.float32)
     mass = tl.zeros([BP, TQ], tl.float32)
     acc = tl.zeros([BP, TQ, DP], tl.float32)
-    p_valid += n.to(tl.int64) * valid_s[2]
-    for s in range(T):
-        m_s = m_n
-        if HAS_VALID:
-            m_s = m_n & (tl.load(p_valid, mask=m_n, other=0) != 0)
-            p_valid += valid_s[1]
-        k = tl.load(p_k, mask=m_s[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        v = tl.load(p_v, mask=m_s[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        p_k += k_s[1]
-        p_v += v_s[1]
-        e = tl.sum(q * k[:, None, :], 2) * (scale * BITS)
-        e = tl.where((t != s)[None, :] & m_s[:, None], e, float("-inf"))
-        new = tl.maximum(top, e)
-        factor = tl.exp2(top - new)
-        p = tl.exp2(e - new)
-        mass = mass * factor + p
-        acc = acc * factor[:, :, None] + p[:, :, None] * v[:, None, :]
-        top = new
+    if TK > 1:
+        for s in range(0, T, TK):
+            u = s + tl.arange(0, TK)
+            usable = date_usable(p_valid, n, u, valid_s[1], valid_s[2], T, N, HAS_VALID)
+            k = date_series(p_k, n, u, k_s[1], k_s[2], usable, D, DP)  # [BP, TK, DP]
+            v = date_series(p_v, n, u, v_s[1], v_s[2], usable, D, DP)
+            e = tl.dot(q, tl.permute(k, (0, 2, 1))) * (scale * BITS)  # [BP, TQ, TK]
+            others = t[:, None] != u[None, :]
+            e = tl.where(others[None, :, :] & usable[:, None, :], e, float("-inf"))
+            new = tl.maximum(top, tl.max(e, 2))
+            factor = tl.exp2(top - new)
+            p = tl.exp2(e - new[:, :, None])
+            mass = mass * factor + tl.sum(p, 2)
+            acc = tl.dot(p.to(v.dtype), v, acc * factor[:, :, None])
+            top = new
+    else:
+        q = q.to(tl.float32)
+        p_valid += n.to(tl.int64) * valid_s[2]
+        p_k += n.to(tl.int64)[:, None] * k_s[2] + d[None, :]  # [BP, DP]
+        p_v += n.to(tl.int64)[:, None] * v_s[2] + d[None, :]
+        for s in range(T):
+            m_s = m_n
+            if HAS_VALID:
+                m_s = m_n & (tl.load(p_valid, mask=m_n, other=0) != 0)
+                p_valid += valid_s[1]
+            k = tl.load(p_k, mask=m_s[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+            v = tl.load(p_v, mask=m_s[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+            p_k += k_s[1]
+            p_v += v_s[1]
+            e = tl.sum(q * k[:, None, :], 2) * (scale * BITS)
+            e = tl.where((t != s)[None, :] & m_s[:, None], e, float("-inf"))
+            new = tl.maximum(top, e)
+            factor = tl.exp2(top - new)
+            p = tl.exp2(e - new)
+            mass = mass * factor + p
+            acc = acc * factor[:, :, None] + p[:, :, None] * v[:, None, :]
+            top = new
 
     acc = acc / tl.where(mass > 0.0, mass, 1.0)[:, :, None]
     o, m = date_rows(n, t, out_s[1], out_s[2], T, N)
@@ -136,22 +182,26 @@ def temporal_kernel(
 
 @triton.jit
 def spatial_kernel(
-    p_qm, p_km, p_v, p_gate, p_valid, p_seen, p_out, p_lse, p_spatial, p_far,
-    qm_s, km_s, v_s, gate_s, valid_s, seen_s, out_s, lse_s, spatial_s,
+    p_qm, p_km, p_v, p_gate, p_valid, p_bias, p_columns, p_out, p_lse, p_spatial, p_far,
+    qm_s, km_s, v_s, gate_s, valid_s, bias_s, out_s, lse_s, spatial_s,
     H, T, N, scale,
-    VALIDITY: tl.constexpr, OWN: tl.constexpr, LEAST: tl.constexpr, LAZY: tl.constexpr,
+    VALIDITY: tl.constexpr, OWN: tl.constexpr, LEAST: tl.constexpr,
     PRECISION: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     WIDTHS: tl.constexpr, TT: tl.constexpr, TV: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM queries, TT = sum(WIDTHS) dates, all keys.
+    """One program: BM queries, TT = sum(WIDTHS) dates, all keys, twice.
+
+    The first loop finds the greatest energy of every query, BK keys at a time, so that the second
+    need not rescale its sums, TT * D numbers a query: a product of D against one of (1 + TT) * D.
 
     With validity by position a date may be unable to use the keys that hold the greatest energy.
     Its mass relative to the shared maximum is then tiny: rows below LEAST are left alone and marked
     in `far` (the strides of lse). A second launch, OWN, with one date a program and that date's
     keys alone, computes the marked rows and nothing else.
 
-    p_seen: keys that take part, (B, T, N); strided 0 over dates in the first launch.
+    p_bias (B, T, N): 0 for keys that take part, else -inf; strided 0 over dates in the first
+    launch. p_columns: validity by position as it multiplies weights, see `columns`.
     """
     block, tile, b, h = place(tl.cdiv(N, BM), tl.cdiv(T, TT), H)
     BY_MASS: tl.constexpr = VALIDITY == BY_POSITION and not OWN
@@ -164,7 +214,8 @@ def spatial_kernel(
     p_v += b * v_s[0] + h * v_s[3]
     p_gate += b * gate_s[0] + h * gate_s[3]
     p_valid += b * valid_s[0]
-    p_seen += b * seen_s[0] + t0 * seen_s[1]
+    p_bias += b * bias_s[0] + t0 * bias_s[1]
+    p_columns += (b * tl.cdiv(T, TT) + tile) * N * TV
     p_out += b * out_s[0] + h * out_s[3]
     p_lse += b * lse_s[0] + h * lse_s[3]
     p_far += b * lse_s[0] + h * lse_s[3]
@@ -178,40 +229,31 @@ def spatial_kernel(
     acc = ()
     for i in tl.static_range(len(WIDTHS)):
         acc = acc + (tl.zeros([BM, WIDTHS[i] * DP], tl.float32),)
-    top = tl.full([BM], -1e30, tl.float32)
+    o_k = (tl.arange(0, BK) * km_s[1])[:, None] + d[None, :]
+    p_k = p_km
+    greatest = tl.full([BM, BK], -1e30, tl.float32)
+    for start in tl.range(0, end, BK):
+        c = start + tl.arange(0, BK)
+        k = tl.load(p_k + o_k, mask=(c < N)[:, None] & (d < D)[None, :], other=0.0)
+        p_k += BK * km_s[1]
+        e = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * BITS)
+        e = only_keys(e, p_bias, c, bias_s[2], N, VALIDITY)
+        greatest = tl.maximum(greatest, e)
+    top = tl.max(greatest, 1)
+
     mass = tl.zeros([BM], tl.float32)
     date_mass = tl.zeros([BM, TV], tl.float32)
     o_k = (tl.arange(0, BN) * km_s[1])[:, None] + d[None, :]
     for start in tl.range(0, end, BN):
         c = start + tl.arange(0, BN)
-        m_c = c < N
-        if VALIDITY == BY_POSITION:
-            m_c = tl.load(p_seen + c.to(tl.int64) * seen_s[2], mask=c < N, other=0) != 0
         k = tl.load(p_km + o_k, mask=(c < N)[:, None] & (d < D)[None, :], other=0.0)
         p_km += BN * km_s[1]
         e = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * BITS)
-        e = tl.where(m_c[None, :], e, float("-inf"))
-        greatest = tl.max(e, 1)
-        # LAZY: the reference moves only where a row outgrew it by 2^8. Rescaling costs TT * D
-        # multiplications a row, and sums of numbers up to 2^8 are as exact as of numbers up to 1.
-        new = tl.maximum(greatest, top)
-        moves = True
-        if LAZY:
-            new = tl.where(greatest > top + 8.0, greatest, top)
-            moves = tl.max((new > top).to(tl.int32), 0) > 0
-        if moves:
-            factor = tl.exp2(top - new)
-            acc = rescaled(acc, factor)
-            mass = mass * factor
-            if BY_MASS:
-                date_mass = date_mass * factor[:, None]
-            top = new
-        p = tl.exp2(e - top[:, None])
+        p = tl.exp2(only_keys(e - top[:, None], p_bias, c, bias_s[2], N, VALIDITY))
         mass += tl.sum(p, 1)
         p = p.to(p_v.dtype.element_ty)
         if BY_MASS:
-            o, m = date_rows(c, tv, valid_s[1], valid_s[2], T, N)
-            usable = tl.load(p_valid + o, mask=m, other=0).to(p_v.dtype.element_ty)
+            usable = key_columns(p_columns, c, N, TV)  # [BN, TV]
             date_mass = tl.dot(p, usable, date_mass, input_precision=PRECISION)
         t = t0
         sums = ()
@@ -227,8 +269,7 @@ def spatial_kernel(
         if tile == 0:
             spatial = top + tl.log2(mass)
             if VALIDITY != NONE:
-                o = n.to(tl.int64) * seen_s[2]
-                seen = tl.load(p_seen + o, mask=n < N, other=0) != 0
+                seen = tl.load(p_bias + n.to(tl.int64) * bias_s[2], mask=n < N, other=0.0) == 0.0
                 spatial = tl.where(seen, spatial, float("inf"))
             o = b * spatial_s[0] + h * spatial_s[2] + n.to(tl.int64) * spatial_s[1]
             tl.store(p_spatial + o, spatial, mask=n < N)

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from tests.ahead_of_time_gyroscope import cases as gyroscope_cases
 from tests.ahead_of_time_units import cases as unit_cases
+from tests.descriptors import disassemble, foreign_descriptors
 from timo.kernels import median_deviation, temporal_median
 
 # Shared memory a block may use, bytes (CUDA programming guide, compute capabilities).
@@ -88,7 +89,11 @@ def compile_one(capability, kernel, signature, constants, *launch) -> dict:
     target = GPUTarget("cuda", capability, 32)
     options = dict(zip(("num_warps", "num_stages", "maxnreg"), launch))
     compiled = triton.compile(source, target=target, options=options)
-    return {**assemble(compiled.asm["ptx"], capability), "shared": compiled.metadata.shared}
+    report = {**assemble(compiled.asm["ptx"], capability), "shared": compiled.metadata.shared}
+    if capability == 90:
+        code = disassemble(compiled.asm["cubin"], triton.knobs.nvidia.nvdisasm.path)
+        report["foreign"] = foreign_descriptors(code)
+    return report
 
 
 def assemble(ptx: str, capability: int) -> dict:

@@ -60,27 +60,27 @@ def temporal_case(dtype, dates, head_dim, has_valid) -> tuple:
         "q_s": SERIES, "k_s": SERIES, "v_s": SERIES, "valid_s": ANY * 3, "out_s": SERIES,
         "lse_s": ANY * 4, "H": "i32", "T": "i32", "N": "i32", "scale": "fp32",
     }  # fmt: skip
-    warps = tile.pop("num_warps")
+    at = tile.pop("num_warps"), tile.pop("num_stages")
     constants = {"HAS_VALID": has_valid, "D": head_dim, **tile}
     label = f"gyroscope temporal T={dates} D={head_dim} {dtype} valid={has_valid}"
-    return label, forward.temporal_kernel, signature, constants, warps, 3
+    return label, forward.temporal_kernel, signature, constants, *at
 
 
 def spatial_case(dtype, dates, head_dim, kind, own, capability) -> tuple:
     tile = config.tile("forward", dates, head_dim, DTYPES[dtype], launch(kind, own), capability)
     x = f"*{dtype}"
-    TT = sum(tile.widths)
+    TT, TV = launches.sizes(tile)
     signature = {
-        "p_qm": x, "p_km": x, "p_v": x, "p_gate": "*fp32", "p_valid": "*u8", "p_seen": "*u8",
-        "p_out": x, "p_lse": "*fp32", "p_spatial": "*fp32", "p_far": "*u8",
+        "p_qm": x, "p_km": x, "p_v": x, "p_gate": "*fp32", "p_valid": "*u8", "p_bias": "*fp32",
+        "p_columns": x, "p_out": x, "p_lse": "*fp32", "p_spatial": "*fp32", "p_far": "*u8",
         "qm_s": ROW * 4, "km_s": ROW * 4, "v_s": SERIES, "gate_s": ANY * 4, "valid_s": ANY * 3,
-        "seen_s": ANY * 3, "out_s": SERIES, "lse_s": ANY * 4, "spatial_s": ANY * 3,
+        "bias_s": ANY * 3, "out_s": SERIES, "lse_s": ANY * 4, "spatial_s": ANY * 3,
         "H": "i32", "T": "i32", "N": "i32", "scale": "fp32",
     }  # fmt: skip
     constants = common(dtype, kind, head_dim) | {
         "OWN": own, "LEAST": 1 / launches.most(DTYPES[dtype]),
-        "LAZY": launches.lazy(capability), "BM": tile.queries, "BN": tile.keys,
-        "WIDTHS": tile.widths, "TT": TT, "TV": max(16, 1 << (TT - 1).bit_length()),
+        "BM": tile.queries, "BN": tile.keys, "BK": config.first_keys(tile, DTYPES[dtype]),
+        "WIDTHS": tile.widths, "TT": TT, "TV": TV,
     }  # fmt: skip
     label = f"gyroscope spatial T={dates} D={head_dim} {dtype} validity={kind} own={own} {tile}"
     return label, forward.spatial_kernel, signature, constants, *tile[3:]
@@ -88,7 +88,7 @@ def spatial_case(dtype, dates, head_dim, kind, own, capability) -> tuple:
 
 def temporal_backward_cases(dtype, dates, head_dim, kind) -> list[tuple]:
     tile = config.temporal_tile(dates, head_dim, DTYPES[dtype], 2048)
-    warps = tile.pop("num_warps")
+    at = tile.pop("num_warps"), tile.pop("num_stages")
     x = f"*{dtype}"
     sizes = {"H": "i32", "T": "i32", "N": "i32", "scale": "fp32"}
     label = f"T={dates} D={head_dim} {dtype} validity={kind}"
@@ -103,7 +103,7 @@ def temporal_backward_cases(dtype, dates, head_dim, kind) -> list[tuple]:
     constants = {"VALIDITY": kind, "MOST": launches.most(DTYPES[dtype]), "D": head_dim, **tile}
     query = (
         f"gyroscope temporal queries backward {label}", backward.temporal_query_kernel,
-        signature, constants, warps, 3,
+        signature, constants, *at,
     )  # fmt: skip
     signature = {
         "p_do": x, "p_q": x, "p_k": x, "p_v": x, "p_valid": "*u8", "p_lse": "*fp32",
@@ -114,7 +114,7 @@ def temporal_backward_cases(dtype, dates, head_dim, kind) -> list[tuple]:
     constants = {"HAS_VALID": kind != 0, "D": head_dim, **tile}
     key = (
         f"gyroscope temporal keys backward {label}", backward.temporal_key_kernel,
-        signature, constants, warps, 3,
+        signature, constants, *at,
     )  # fmt: skip
     return [query, key]
 
@@ -123,26 +123,26 @@ def spatial_backward_case(dtype, dates, head_dim, kind, own, capability, name) -
     """Of `spatial_key_kernel` ("keys", "values") or `spatial_query_kernel` ("queries", "both")."""
     tile = config.tile(name, dates, head_dim, DTYPES[dtype], launch(kind, own), capability)
     x = f"*{dtype}"
-    signature = {"p_qm": x, "p_km": x, "p_v": x, "p_do": x, "p_valid": "*u8"}
-    strides = {
-        "qm_s": ROW * 4, "km_s": ROW * 4, "v_s": SERIES, "do_s": SERIES, "valid_s": ANY * 3
-    }  # fmt: skip
+    signature = {"p_qm": x, "p_km": x, "p_v": x, "p_do": x}
+    strides = {"qm_s": ROW * 4, "km_s": ROW * 4, "v_s": SERIES, "do_s": SERIES}
     if name in ("keys", "values"):
-        signature |= {"p_reference": "*fp32", "p_delta": "*fp32", "p_any": "*u8"}
+        signature |= {"p_valid": "*u8", "p_reference": "*fp32", "p_delta": "*fp32", "p_any": "*u8"}
         signature |= {"p_dv": x, "p_dk": "*fp32"}
-        strides |= {"reference_s": ANY * 4, "delta_s": ANY * 4, "any_s": ANY * 3}
+        strides |= {"valid_s": ANY * 3, "reference_s": ANY * 4, "delta_s": ANY * 4}
+        strides |= {"any_s": ANY * 3}
         strides |= {"dv_s": SERIES, "dk_s": SERIES}
         kernel = spatial.spatial_key_kernel
     else:
-        signature |= {"p_seen": "*u8", "p_reference": "*fp32", "p_delta": "*fp32"}
+        signature |= {"p_bias": "*fp32", "p_reference": "*fp32", "p_delta": "*fp32"}
         signature |= {"p_dq": "*fp32", "p_dk": "*fp32"}
-        strides |= {"seen_s": ANY * 3, "reference_s": ANY * 4, "delta_s": ANY * 4}
+        strides |= {"bias_s": ANY * 3, "reference_s": ANY * 4, "delta_s": ANY * 4}
         strides |= {"dq_s": SERIES, "dk_s": SERIES}
         kernel = spatial.spatial_query_kernel
-    signature |= strides | {"H": "i32", "T": "i32", "N": "i32", "scale": "fp32"}
+    signature |= strides | {"p_columns": "*fp32" if dtype == "fp32" else "*bf16"}
+    signature |= {"H": "i32", "T": "i32", "N": "i32", "scale": "fp32"}
     constants = common(dtype, kind, head_dim) | {
         "OWN": own, "DK": name in ("keys", "both"), "BM": tile.queries, "BN": tile.keys,
-        "WIDTHS": tile.widths, "TT": sum(tile.widths),
+        "WIDTHS": tile.widths, "TT": sum(tile.widths), "TV": launches.sizes(tile)[1],
     }  # fmt: skip
     label = f"gyroscope spatial {name} backward T={dates} D={head_dim} {dtype} validity={kind} "
     return f"{label}own={own} {tile}", kernel, signature, constants, *tile[3:]

@@ -18,6 +18,7 @@ MEDIAN_FUZZ = ("TIMO_FUZZ=16,32,48", FUZZ, "-k", "temporal_median")
 DEVIATION_FUZZ = ("TIMO_FUZZ=16,32,48", FUZZ, "-k", "median_deviation")
 TRITON_FUZZ = (INTERPRET, "TIMO_FUZZ=0,24,29", FUZZ, "-k", "gyroscope_attention")
 TRITON_HUNDREDS = (INTERPRET, TRITON, "-k", "hundreds")
+TRITON_DATES = (INTERPRET, TRITON, "-k", "test_parity and none and dtype2")
 TRITON_MASKS = (INTERPRET, TRITON, "-k", "several_blocks and position")
 TRITON_BLOCKS = (INTERPRET, TRITON, "-k", "far_below and dtype0")
 TRITON_TILES = (INTERPRET, TRITON, "-k", "several_blocks and none")
@@ -267,8 +268,8 @@ MUTANTS = [
     Mutant(
         "triton: strides of dates and positions exchanged",
         "kernels/gyroscope_attention_forward.py",
-        "        p_k += k_s[1]\n        p_v += v_s[1]\n",
-        "        p_k += k_s[1]\n        p_v += v_s[2]\n",
+        "            p_k += k_s[1]\n            p_v += v_s[1]\n",
+        "            p_k += k_s[1]\n            p_v += v_s[2]\n",
         TRITON_FUZZ,
     ),
     Mutant(
@@ -281,36 +282,36 @@ MUTANTS = [
     Mutant(
         "triton: a key past the end is counted",
         "kernels/gyroscope_attention_forward.py",
-        "        m_c = c < N\n",
-        "        m_c = c < N + 1\n",
+        "tl.where((c < N)[None, :], e, ",
+        "tl.where((c < N + 1)[None, :], e, ",
         TRITON_FUZZ,
     ),
     Mutant(
-        "triton: sums are not rescaled to a new reference",
+        "triton: the greatest energy of the last keys alone",
         "kernels/gyroscope_attention_forward.py",
-        "mass = mass * factor\n            if BY_MASS:",
-        "mass = mass\n            if BY_MASS:",
+        "greatest = tl.maximum(greatest, e)",
+        "greatest = e",
         TRITON_HUNDREDS,
     ),
     Mutant(
-        "triton: rescaled by the inverse factor",
+        "triton: products of dates, a date attends to itself",
         "kernels/gyroscope_attention_forward.py",
-        "            factor = tl.exp2(top - new)\n            acc",
-        "            factor = tl.exp2(new - top)\n            acc",
-        TRITON_BLOCKS,
+        "e = tl.where(others[None, :, :] & usable",
+        "e = tl.where((others[None, :, :] | True) & usable",
+        TRITON_DATES,
     ),
     Mutant(
-        "triton: the old reference is kept",
-        "kernels/gyroscope_attention_forward.py",
-        "            top = new\n        p = ",
-        "            top = tl.minimum(top, new)\n        p = ",
-        TRITON_BLOCKS,
+        "triton: products of dates, no gradient of the gate",
+        "kernels/gyroscope_attention_backward.py",
+        "dgate -= tl.sum(de, 2)",
+        "dgate -= 0.0 * tl.sum(de, 2)",
+        TRITON_DATES,
     ),
     Mutant(
         "triton: validity transposed",
         "kernels/gyroscope_attention_forward.py",
-        "o, m = date_rows(c, tv, valid_s[1], valid_s[2], T, N)",
-        "o, m = date_rows(c, tv, valid_s[2], valid_s[1], T, N)",
+        "o = c.to(tl.int64)[:, None] * TV + tl.arange(0, TV)[None, :]",
+        "o = c.to(tl.int64)[:, None] + tl.arange(0, TV)[None, :] * N",
         TRITON_MASKS,
     ),
     Mutant(
@@ -331,8 +332,8 @@ MUTANTS = [
     Mutant(
         "triton: no gradient of the gate",
         "kernels/gyroscope_attention_backward.py",
-        "dgate -= de ",
-        "dgate -= 0.0 * de ",
+        "dgate -= de\n",
+        "dgate -= 0.0 * de\n",
         TRITON_FUZZ,
     ),
     Mutant(
@@ -341,6 +342,13 @@ MUTANTS = [
         "            dp -= delta[:, None]\n",
         "            dp -= 0.0 * delta[:, None]\n",
         TRITON_FUZZ,
+    ),
+    Mutant(
+        "triton: delta of valid keys is left out",
+        "kernels/gyroscope_attention_backward_spatial.py",
+        "PARTS: tl.constexpr = 1 if ones.dtype == tl.float32 else 2",
+        "PARTS: tl.constexpr = 0",
+        TRITON_MASKS,
     ),
     Mutant(
         "triton: only the first tile of dates",

@@ -28,6 +28,7 @@ def test_triton_configurations(capability, tmp_path):
     for line in lines:
         assert line["spills"] == 0, line
         assert line["shared"] <= SHARED[capability], line
+        assert not line.get("foreign"), line
 
 
 def test_cuda_kernels_do_not_spill():

@@ -15,7 +15,7 @@ from ..runner import Problem
 
 LAYOUT = "B,T,N,H,D"
 # Queries of base stages 1 and 2 at 224 x 224.
-SHAPES = [(8, 10, 3136, 4, 32), (8, 3, 3136, 4, 32), (8, 10, 784, 8, 32)]
+SHAPES = [(32, 10, 3136, 4, 32), (64, 3, 3136, 4, 32), (64, 10, 784, 8, 32)]
 CPU_SHAPES = [(1, *shape[1:]) for shape in SHAPES]
 
 

@@ -14,7 +14,7 @@ from ..runner import Problem
 
 LAYOUT = "B,T,N,D"
 # The base decoder at 224 x 224 and 512 x 512.
-SHAPES = [(64, 3, 49, 512), (16, 10, 49, 512), (4, 10, 256, 512)]
+SHAPES = [(2048, 3, 49, 512), (512, 10, 49, 512), (128, 10, 256, 512)]
 CPU_SHAPES = [(8, 3, 49, 512), (4, 10, 256, 512)]
 
 

@@ -86,6 +86,22 @@ def test_a_run_that_was_cut_off_proves_nothing(tmp_path, monkeypatch, code, pass
     assert record["cases"] == {"temporal_median triton": [1, 0]}
 
 
+def test_results_of_other_ops_stay(tmp_path, monkeypatch):
+    def run(out, limit, *command, **variables):
+        there.append(command[command.index("-k") + 1])
+        (out / "parity.xml").write_text(REPORT.replace("temporal_median", ops[len(there) - 1]))
+        return 0
+
+    there, ops = [], ("temporal_median", "gather_units", "scatter_units")
+    monkeypatch.setattr(gpu, "run", run)
+    for tests in (None, "gather", None):
+        gpu.parity(tmp_path, torch.device("cpu"), 1.0, tests)
+        record = json.loads((tmp_path / "parity.json").read_text())
+        passed = ops[: len(there)] if tests else ops[len(there) - 1 : len(there)]
+        assert record["passed"] == dict.fromkeys(passed, ["triton"])
+    assert there[1] == f"{there[0]} and (gather)"
+
+
 def test_commands_end_in_time_and_are_logged(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "SHORTEST", 0.1)
     assert gpu.run(tmp_path, 0.2, sys.executable, "-c", "while True: pass") == 124

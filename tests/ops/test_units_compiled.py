@@ -18,6 +18,7 @@ PLACES = [("cpp", "cpu")] + [("cuda", "cuda")] * torch.cuda.is_available()
 compiled = pytest.mark.parametrize("backend, device", PLACES)
 
 
+PROVES = ("gather_units", "masked_pixel_loss", "scatter_units")
 pytestmark = pytest.mark.skipif(
     dispatch.unavailable("cpp") is not None, reason="timo._C is not built"
 )

@@ -120,7 +120,7 @@ def mix(x: Tensor) -> Tensor:
 
     Source: C. Wellons, hash-prospector, the two-round function of least bias.
     """
-    x = (x + 0x9E3779B9) & LOW  # 0 is no fixed point
+    x = (x - 0x61C88647) & LOW  # 0 is no fixed point; a constant of 32 bits, for compilers
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & LOW
     x = ((x ^ (x >> 15)) * 0x735A2D97) & LOW
     return x ^ (x >> 15)
