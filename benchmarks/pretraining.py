@@ -109,6 +109,8 @@ class Bench:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.05, fused=True
         )
+        for parameter in self.model.parameters():  # else the first would lie in a CUDA graph
+            parameter.grad = torch.zeros_like(parameter)
         shape = (batch, dates, BANDS, SIZE, SIZE)
         frames = torch.randint(0, 256, shape, dtype=torch.uint8)
         self.host = frames.pin_memory() if device.type == "cuda" else frames

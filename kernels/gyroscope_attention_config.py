@@ -29,9 +29,10 @@ class Tile(NamedTuple):
 # head dimension), queries, keys, warps, stages and registers, of 16-bit numbers: first where all
 # dates have the same keys, then with validity by position, whose masks take registers, then for its
 # second launches if theirs differ. "values" and "both" are the kernels of keys and queries where
-# the latter add up dk_median.
+# the latter add up dk_median. With a padded head dimension in place of the flag: of that one.
 AMPERE = {
     ("forward", False): ((192, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
+    ("forward", 64): ((192, 128, 16, 8, 2), (128, 128, 32, 8, 2)),
     ("forward", True): ((128, 128, 32, 8, 3), (128, 128, 32, 8, 3)),
     ("keys", False): ((64, 32, 128, 8, 2), (64, 32, 128, 8, 2)),
     ("keys", True): ((128, 16, 128, 8, 2), (128, 16, 128, 8, 2), (128, 16, 64, 8, 2)),
@@ -46,6 +47,7 @@ HOPPER = {
     ("forward", False): ((320, 64, 32, 4, 4), (256, 64, 32, 4, 4)),
     ("forward", True): ((256, 128, 32, 8, 3), (128, 128, 32, 8, 3)),
     ("keys", False): ((320, 32, 128, 8, 3), (160, 32, 128, 8, 3), (64, 32, 128, 8, 2)),
+    ("keys", 64): ((256, 32, 128, 8, 3), (160, 32, 128, 8, 3), (64, 32, 128, 8, 2)),
     ("keys", True): ((128, 32, 128, 8, 2), (128, 32, 128, 8, 2), (128, 16, 64, 8, 2)),
     ("queries", False): ((320, 64, 32, 4, 3), (320, 64, 32, 4, 3)),
     ("queries", True): ((256, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
@@ -119,7 +121,8 @@ def tile(
     launch of that.
     """
     table = GENERATIONS[max(c for c in GENERATIONS if c <= capability)]
-    entries = (SINGLE if dtype == torch.float32 else table)[kernel, head_dim > 64]
+    table = SINGLE if dtype == torch.float32 else table
+    entries = table.get((kernel, padded(head_dim)), table[kernel, head_dim > 64])
     columns, *rest = entries[min(launch, len(entries) - 1)]
     return Tile(widths(dates, columns, head_dim), *rest)
 

@@ -40,7 +40,7 @@ class Backend:
     min_capability: tuple[int, int] | None = None
     deterministic: bool = True  # the same bits in every run; "auto" takes no other
     # Compute capabilities on which the parity suite has passed, each with the committed file that
-    # says so: {"sm_90": "benchmarks/results/h100/parity.json"}. A test reads the files.
+    # says so. A test reads the files.
     proven: Mapping[str, str] = field(default_factory=dict)
 
     def refusals(self, request: Request) -> list[str]:
@@ -223,6 +223,12 @@ def capability(device: torch.device) -> str:
 def triton_devices() -> tuple[str, ...]:
     """Where Triton kernels run: GPUs, and the CPU under the interpreter."""
     return ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+
+# What records of kernels that have passed on a GPU have in common; see `Backend.proven`.
+PROVEN = {"sm_90": "benchmarks/results/h200/parity.json"}
+BY_TRITON = {"devices": triton_devices(), "proven": PROVEN}
+BY_CUDA = {"devices": ("cuda",), "min_capability": (8, 0), "proven": PROVEN}
 
 
 def dtype_code(dtype: torch.dtype) -> int:

@@ -251,16 +251,16 @@ FORWARD = dispatch.register(
     _request,
     Backend(REFERENCE, reference, ANY_DEVICE, RAW),
     Backend(CPP, compiled.forward, ("cpu",), NARROW),
-    Backend(TRITON, _triton, dispatch.triton_devices(), NARROW),
-    Backend(CUDA, compiled.forward, ("cuda",), NARROW, min_capability=(8, 0)),
+    Backend(TRITON, _triton, dtypes=NARROW, **dispatch.BY_TRITON),
+    Backend(CUDA, compiled.forward, dtypes=NARROW, **dispatch.BY_CUDA),
 )
 BACKWARD = dispatch.register(
     "gather_units_backward",
     _request,
     Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
     Backend(CPP, compiled.backward, ("cpu",), HALF_AND_SINGLE),
-    Backend(TRITON, _triton_backward, dispatch.triton_devices(), HALF_AND_SINGLE),
-    Backend(CUDA, compiled.backward, ("cuda",), HALF_AND_SINGLE, min_capability=(8, 0)),
+    Backend(TRITON, _triton_backward, dtypes=HALF_AND_SINGLE, **dispatch.BY_TRITON),
+    Backend(CUDA, compiled.backward, dtypes=HALF_AND_SINGLE, **dispatch.BY_CUDA),
 )
 
 

@@ -175,16 +175,16 @@ FORWARD = dispatch.register(
     _request,
     Backend(REFERENCE, reference, ANY_DEVICE, FLOATS),
     Backend(CPP, compiled.forward, ("cpu",), HALF_AND_SINGLE),
-    Backend(TRITON, _triton, dispatch.triton_devices(), HALF_AND_SINGLE),
-    Backend(CUDA, compiled.forward, ("cuda",), HALF_AND_SINGLE, min_capability=(8, 0)),
+    Backend(TRITON, _triton, dtypes=HALF_AND_SINGLE, **dispatch.BY_TRITON),
+    Backend(CUDA, compiled.forward, dtypes=HALF_AND_SINGLE, **dispatch.BY_CUDA),
 )
 BACKWARD = dispatch.register(
     "masked_pixel_loss_backward",
     _request_backward,
     Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
     Backend(CPP, compiled.backward, ("cpu",), HALF_AND_SINGLE),
-    Backend(TRITON, _triton_backward, dispatch.triton_devices(), HALF_AND_SINGLE),
-    Backend(CUDA, compiled.backward, ("cuda",), HALF_AND_SINGLE, min_capability=(8, 0)),
+    Backend(TRITON, _triton_backward, dtypes=HALF_AND_SINGLE, **dispatch.BY_TRITON),
+    Backend(CUDA, compiled.backward, dtypes=HALF_AND_SINGLE, **dispatch.BY_CUDA),
 )
 
 

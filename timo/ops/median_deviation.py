@@ -154,7 +154,7 @@ def _request_backward(dvalues, ddeviation, q, weight, *_) -> Request:
 
 ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")
 TRITON_LIMITS = {
-    "devices": dispatch.triton_devices(),
+    **dispatch.BY_TRITON,
     "dtypes": (torch.float16, torch.bfloat16, torch.float32),
     "max_dates": 64,
     "head_dims": (1, 128),

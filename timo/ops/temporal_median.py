@@ -160,16 +160,18 @@ FORWARD = dispatch.register(
     _request,
     Backend(REFERENCE, reference, ANY_DEVICE, FLOATS),
     Backend(CPP, _kernel(_cpp), ("cpu",), FLOATS),
-    Backend(TRITON, _kernel(_triton), dispatch.triton_devices(), HALF_AND_SINGLE, max_dates=256),
-    Backend(CUDA, _kernel(_cuda), ("cuda",), FLOATS, max_dates=192, min_capability=(8, 0)),
+    Backend(TRITON, _kernel(_triton), dtypes=HALF_AND_SINGLE, max_dates=256, **dispatch.BY_TRITON),
+    Backend(CUDA, _kernel(_cuda), dtypes=FLOATS, max_dates=192, **dispatch.BY_CUDA),
 )
 BACKWARD = dispatch.register(
     "temporal_median_backward",
     _request_backward,
     Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
     Backend(CPP, _kernel_backward(_cpp_backward), ("cpu",), FLOATS),
-    Backend(TRITON, _kernel_backward(_triton_backward), dispatch.triton_devices(), HALF_AND_SINGLE),
-    Backend(CUDA, _kernel_backward(_cuda_backward), ("cuda",), FLOATS, min_capability=(8, 0)),
+    Backend(
+        TRITON, _kernel_backward(_triton_backward), dtypes=HALF_AND_SINGLE, **dispatch.BY_TRITON
+    ),
+    Backend(CUDA, _kernel_backward(_cuda_backward), dtypes=FLOATS, **dispatch.BY_CUDA),
 )
 
 
