@@ -1,9 +1,9 @@
 """Gyroscope attention: launches of the forward and backward kernels.
 
 Memory beside inputs and results: with validity one copy of v; with validity by position a byte a
-query forward, and a number a date, padded to 16 dates, and position. Backward one series (do'), two
-numbers a query (three with validity by position), and a float32 dq_median per tile of dates and as
-many dk_median, or with atomic additions one.
+query forward, and validity as a number a position and date (`columns`), tiles of dates padded to
+16. Backward one series (do'), two numbers a query (three with validity by position), and a float32
+dq_median per tile of dates and as many dk_median, or with atomic additions one.
 """
 
 import torch

@@ -31,13 +31,13 @@ class Tile(NamedTuple):
 # second launches if theirs differ. "values" and "both" are the kernels of keys and queries where
 # the latter add up dk_median. With a padded head dimension in place of the flag: of that one.
 AMPERE = {
-    ("forward", False): ((192, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
+    ("forward", False): ((160, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
     ("forward", 64): ((192, 128, 16, 8, 2), (128, 128, 32, 8, 2)),
     ("forward", True): ((128, 128, 32, 8, 3), (128, 128, 32, 8, 3)),
     ("keys", False): ((64, 32, 128, 8, 2), (64, 32, 128, 8, 2)),
     ("keys", True): ((128, 16, 128, 8, 2), (128, 16, 128, 8, 2), (128, 16, 64, 8, 2)),
     ("queries", False): ((320, 128, 64, 8, 2), (96, 128, 32, 8, 2)),
-    ("queries", True): ((256, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
+    ("queries", True): ((256, 128, 64, 8, 2), (128, 128, 32, 8, 2), (128, 64, 32, 8, 2)),
     ("values", False): ((192, 32, 128, 8, 2), (128, 32, 128, 8, 2)),
     ("values", True): ((128, 32, 128, 8, 2), (128, 32, 128, 8, 2)),
     ("both", False): ((320, 128, 64, 8, 2), (96, 128, 32, 8, 2)),
@@ -144,5 +144,5 @@ def temporal_tile(dates: int, head_dim: int, dtype: torch.dtype, values: int) ->
     TQ = 16 if products else min(16, triton.next_power_of_2(dates))
     values = values * 2 // dtype.itemsize // (2 if head_dim > 64 else 1)
     BP = max(1, values // (max(2, TQ) * DP))
-    TK, stages = (16, min(2, triton.cdiv(dates, 16))) if products else (1, 3)
+    TK, stages = (16, 1) if products else (1, 3)
     return {"DP": DP, "TQ": TQ, "TK": TK, "BP": BP, "num_warps": 4, "num_stages": stages}

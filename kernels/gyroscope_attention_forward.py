@@ -5,7 +5,7 @@
 2. `spatial_kernel`: the score tile and its exponentials once for all dates of a tile, whose values
    ride along as columns of several accumulators. It merges what the first kernel left.
 
-Work of 2 per sample and head: 2 N² D (T + date tiles) FLOP and N² exponentials a date tile.
+Work of 2 per sample and head: 2 N² D (T + 2 date tiles) FLOP and N² exponentials a date tile.
 All logarithms are to base 2. The last stride of series and medians is 1, the others are free.
 """
 
