@@ -90,7 +90,7 @@ def parity(out: Path, device: torch.device, limit: float, tests: str | None = No
     there = out / "parity.xml"
     there.unlink(missing_ok=True)
     chosen = "(cuda or triton) and not emulated" + (f" and ({tests})" if tests else "")
-    # Processes take turns on a GPU: more of them would not get more done.
+    # Each holds a context on the GPU and compiles kernels.
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     code = run(
         out, limit, sys.executable, "-m", "pytest", "tests/ops", "-k", chosen,

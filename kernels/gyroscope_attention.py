@@ -50,7 +50,9 @@ def forward(q, k, v, q_median, k_median, gate, valid, scale) -> tuple[Tensor, Te
             launch = 2 if own else int(kind == BY_POSITION.value)
             tile = config.tile("forward", dates, D, q.dtype, launch, capability(q))
             TT, TV = sizes(tile)
-            flags = columns(usable, TT, TV, q.dtype) if kind == BY_POSITION.value else usable
+            flags = usable
+            if kind == BY_POSITION.value and not own:
+                flags = columns(usable, TT, TV, q.dtype)
             spatial_kernel[programs(N, tile.queries, T, TT, B * H)](
                 q_median, k_median, v, gate, usable, take_part, flags, out, lse, spatial, far,
                 *map(Tensor.stride, (
@@ -63,7 +65,7 @@ def forward(q, k, v, q_median, k_median, gate, valid, scale) -> tuple[Tensor, Te
                 num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.registers,
             )  # fmt: skip
 
-        spatial_pass(T, bias(seen[:, :1]).expand(B, T, N), own=False)
+        spatial_pass(T, on_any_date(seen, kind), own=False)
         if kind == BY_POSITION.value:
             spatial_pass(1, bias(usable), own=True)
     return out, lse, spatial
@@ -153,7 +155,7 @@ def backward(
         dq_slots = slots(triton.cdiv(T, sum(tile.widths)))
         spatial_pass(
             spatial_query_kernel, tile, tile.queries, len(dq_slots),
-            *inputs, scaled, bias(seen[:, :1]).expand(B, T, N), shared, of_tiles(share, tile),
+            *inputs, scaled, on_any_date(seen, kind), shared, of_tiles(share, tile),
             dq_slots, dk_slots, dk=atomic,
         )  # fmt: skip
         if kind == BY_POSITION.value:
@@ -196,6 +198,11 @@ def bias(take_part: Tensor) -> Tensor:
     return torch.zeros(take_part.shape, device=take_part.device).masked_fill_(
         take_part == 0, float("-inf")
     )
+
+
+def on_any_date(seen: Tensor, kind: int) -> Tensor:
+    """`bias` of keys that are valid on any date, (B, T, N); without validity nothing reads it."""
+    return seen if kind == NONE.value else bias(seen[:, :1]).expand(seen.shape)
 
 
 def columns(usable: Tensor, dates: int, padded: int, dtype: torch.dtype) -> Tensor:

@@ -57,6 +57,21 @@ def test_a_wrong_form_is_not_timed(monkeypatch):
     assert "loss differs by 1.0e-03" in markdown({}, list(wrong.values()))
 
 
+def test_a_form_without_memory_leaves_the_others(monkeypatch):
+    def full(frames):
+        if torch.is_grad_enabled():  # not where losses are compared
+            raise torch.OutOfMemoryError
+        return dense(frames)
+
+    case = bench(monkeypatch)
+    dense = case.calls[pretraining.DENSE]
+    case.calls[pretraining.DENSE] = full
+    rows = {row["name"]: row for row in case.rows(0.0, 1e9)}
+    assert rows[pretraining.DENSE]["seconds"] is None and rows[pretraining.DENSE]["parity"]
+    assert rows[pretraining.FAST]["seconds"] and rows[pretraining.FAST]["speedup"] is None
+    assert "| dense published | out of memory |" in markdown({}, list(rows.values()))
+
+
 def test_distance_of_curves():
     curves = {DENSE: [1.0] * 50, ALL: [1.01] * 50, OTHER: [0.9] * 50}
     apart = distances(curves)
