@@ -87,7 +87,7 @@ def _attend_compiled(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> T
     return out.squeeze(1)
 
 
-@torch.compiler.assume_constant_result
+@dispatch.assume_constant_result
 def fast_attention(device: str, dtype: torch.dtype) -> bool:
     """Whether `_attend_compiled` runs and is the faster one: on CPUs with AVX-512 or AVX2.
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timo.ops import dispatch
+
 ROWS = 128  # from here on the convolution was faster in every shape of the models
 
 
@@ -32,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
-@torch.compiler.assume_constant_result
+@dispatch.assume_constant_result
 def _slow_mkl() -> bool:
     return not torch.compiler.is_exporting() and _mkl_on_amd()  # a graph may run elsewhere
 

@@ -189,6 +189,12 @@ def explain(op, *args, backend: str = "auto", **kwargs) -> Choice:
     return OPS[name].choose(OPS[name].request(*args, **kwargs), backend)
 
 
+def assume_constant_result(function):
+    """`torch.compiler.assume_constant_result`, which imports the compiler: 1 s at `import timo`."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 @cache
 def unavailable(backend: str) -> str | None:
     """Why a backend is missing from this installation; None if it is there."""
