@@ -70,6 +70,32 @@ def test_pixels_without_data_do_not_bleed():
     assert cut >= 5
 
 
+@pytest.mark.parametrize("place", [(0, 0), (39, 47), (20, 5)])
+def test_crops_hold_a_valid_pixel_where_the_sample_does(place):
+    sample = make()
+    sample["valid"][:] = False
+    sample["valid"][(2, *place)] = True
+    for index in range(20):
+        out = RandomResizedCrop(8)(sample, generator(index))
+        validate_sample(out)
+        row, col = (at[0] for at in out["valid"][2].nonzero(as_tuple=True))
+        assert out["valid"].sum() == 1 and out["image"][2, :, row, col].tolist() == [
+            1 + place[1], 1 + place[0]
+        ]  # fmt: skip
+        assert out["mask"][row, col] == place[1]
+    sample["valid"][:] = False
+    assert not RandomResizedCrop(8)(sample, generator())["valid"].any()
+
+
+def test_clouds_leave_a_valid_pixel():
+    sample = make()
+    sample["valid"][:] = False
+    sample["valid"][1, 3, 4] = True
+    outs = [RandomClouds(1, 250)(sample, generator(index)) for index in range(10)]
+    assert all(torch.equal(out["valid"], sample["valid"]) for out in outs)
+    assert any(out is sample for out in outs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bands_are_lost_whole_and_one_stays(dtype):
     sample, counts = make(dtype), torch.zeros(3)

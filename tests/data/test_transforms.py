@@ -107,6 +107,22 @@ def test_temporal_subset(per_date):
         TemporalSubset(0)
 
 
+def test_a_temporal_subset_keeps_a_date_with_a_valid_pixel():
+    generator, sample = torch.Generator().manual_seed(0), make(t=9)
+    sample["valid"][:7] = False
+    seen = set()
+    for _ in range(60):
+        out = TemporalSubset(2)(sample, generator)
+        validate_sample(out)
+        kept = [d // 7 for d in out["dates"].tolist()]
+        assert len(set(kept)) == 2 and kept == sorted(kept) and max(kept) >= 7
+        assert torch.equal(out["image"], sample["image"][kept])
+        seen.update(kept)
+    assert seen == set(range(9))
+    sample["valid"][:] = False
+    assert not TemporalSubset(2)(sample, generator)["valid"].any()
+
+
 class Repeated(SeriesDataset):
     def __init__(self):
         super().__init__(bands=("a", "b"))

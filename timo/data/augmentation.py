@@ -15,7 +15,8 @@ class RandomResizedCrop:
     """Cut a square at a random place, of a random share of the area, and resize it.
 
     Pixels are interpolated (averaged where the square is larger than `size`); one is valid where
-    all that it was made from are. Labels are those of the nearest pixel.
+    all that it was made from are. Labels are those of the nearest pixel. Where the square has no
+    valid pixel but the sample does, one of `size` pixels is cut around a valid pixel instead.
 
     Args:
         size: pixels of a side of the result.
@@ -36,6 +37,17 @@ class RandomResizedCrop:
         share = self.area[0] + share * (self.area[1] - self.area[0])
         side = max(1, round(min(h, w) * share**0.5))
         row, col = int(top * (h - side + 1)), int(left * (w - side + 1))
+        out = self._cut(sample, row, col, side)
+        if out["valid"].any() or not sample["valid"].any():
+            return out
+        places = sample["valid"].any(0).nonzero()
+        row, col = places[torch.randint(len(places), (), generator=generator)].tolist()
+        side = min(self.size, h, w)
+        row, col = (max(0, at - side // 2) for at in (row, col))
+        return self._cut(sample, min(row, h - side), min(col, w - side), side)
+
+    def _cut(self, sample: dict, row: int, col: int, side: int) -> dict:
+        """`sample` cut to a square and resized."""
         cut = {
             key: sample[key][..., row : row + side, col : col + side]
             for key in ("image", "valid", "mask")
@@ -79,7 +91,7 @@ class RandomClouds:
     """Cover a random part of each date, with a probability, by a cloud; it is not valid there.
 
     Clouds have ragged, half transparent edges: noise of four scales above a threshold that leaves
-    10 to 90 % of the pixels clear.
+    10 to 90 % of the pixels clear. A sample that would have no valid pixel left stays as it is.
 
     Args:
         probability: of a cloud on a date.
@@ -112,6 +124,8 @@ class RandomClouds:
         ground, share = image[dates], (opacity * kept)[:, None]
         image = image.index_copy(0, dates, ground + share * (self.brightness - ground))
         valid[dates] = kept & (opacity == 0)
+        if not valid.any():
+            return sample
         return sample | {"image": _as_type(image, sample["image"].dtype), "valid": valid}
 
 

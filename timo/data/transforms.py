@@ -38,7 +38,10 @@ def random_rotate90(sample: dict, generator: Generators) -> dict:
 
 
 class TemporalSubset:
-    """Keep `count` random frames of a sample in ascending order; all where it has no more."""
+    """Keep `count` random frames of a sample in ascending order; all where it has no more.
+
+    One at least has a valid pixel, where the sample has any.
+    """
 
     def __init__(self, count: int):
         if count < 1:
@@ -49,7 +52,12 @@ class TemporalSubset:
         t = len(sample["dates"])
         if t <= self.count:
             return sample
-        kept = torch.randperm(t, generator=generator)[: self.count].sort().values
+        order = torch.randperm(t, generator=generator)
+        usable = order[sample["valid"].flatten(1).any(1)[order]]
+        kept = order[: self.count]
+        if len(usable) and usable[0] not in kept:
+            kept[-1] = usable[0]
+        kept = kept.sort().values
         keys = [key for key in sample if by_date(key, sample[key])]
         return sample | {key: sample[key][kept] for key in keys}
 
