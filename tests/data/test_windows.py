@@ -1,3 +1,7 @@
+import os
+import resource
+import signal
+
 import numpy as np
 import pytest
 import rasterio
@@ -123,3 +127,37 @@ def test_writer_leaves_the_old_file_after_an_exception(tmp_path):
         GeoTiffWriter(tmp_path / "none" / "out.tif", (1, 20, 20), "uint8"),
     ):
         pass
+
+
+def write_within(limit, path, whole, rows):
+    """Exit status of a child that may not write files beyond `limit` bytes: 7 for DataError."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            with GeoTiffWriter(path, whole.shape, "uint8", None, TRANSFORM) as file:
+                for row in range(0, whole.shape[1], rows):
+                    file.write(whole[:, row : row + rows], row)
+                hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            status = 0
+        except DataError as error:
+            status = 7 if f"{path}: could not be written whole" in str(error) else 8
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+# Strips of 100 rows leave blocks of 256 that GDAL writes when it closes the file.
+@pytest.mark.parametrize("rows", [100, 512])
+@pytest.mark.parametrize("limit", [50_000, 200_000])
+def test_writer_leaves_the_old_file_where_the_disk_is_full(tmp_path, limit, rows):
+    path = tmp_path / "out.tif"
+    path.write_bytes(b"old")
+    whole = np.random.default_rng(0).integers(0, 255, (1, 512, 512)).astype("uint8")
+    assert write_within(limit, path, whole, rows) == 7
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    assert write_within(400_000, path, whole, rows) == 0
+    with rasterio.open(path) as file:
+        assert np.array_equal(file.read(), whole)

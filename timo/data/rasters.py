@@ -1,8 +1,6 @@
 """A folder of dated rasters as a dataset."""
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import numpy as np
 from timo.data.contract import IGNORE_INDEX, DataError, select_bands
 from timo.data.dates import date_of_name, is_date, order_of, parse_date, to_days
 from timo.data.series import Labels, Series, WindowedSeries, sample_folders, tensor_dtype
-from timo.data.windows import import_rasterio
+from timo.data.windows import open_raster
 
 _WHAT = "rasters named <date>[_<anything>].tif"
 
@@ -257,26 +255,6 @@ def _band_names(bands: Sequence[str] | None, header: _Header, path: Path) -> lis
             "(select= picks some of them)"
         )
     return list(bands)
-
-
-@contextmanager
-def open_raster(path: str | Path, **options) -> Iterator:
-    """The open raster; what GDAL cannot open or read becomes a DataError naming the file.
-
-    `options` go to `rasterio.open`, as driver="GTiff" to refuse whatever else bears the name.
-    """
-    rasterio = import_rasterio()
-    try:
-        # Env turns GDAL's messages on stderr into log records.
-        with rasterio.Env(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            with rasterio.open(path, **options) as file:
-                yield file
-    except (rasterio.errors.RasterioError, UnicodeDecodeError) as error:  # names of projections
-        raise DataError(
-            f"{path}: cannot be read as a raster ({error.__cause__ or error}); the file is "
-            "missing, cut short or of another format: fetch or write it again"
-        ) from error
 
 
 def _header(path: Path) -> _Header:

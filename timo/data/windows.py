@@ -1,8 +1,9 @@
 """Windows over rasters: where they lie, how predictions on them join, how the result is written."""
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timo.data.contract import atomic_output
+from timo.data.contract import DataError, atomic_output
 
 
 def grid_windows(
@@ -105,7 +106,8 @@ class GeoTiffWriter:
     """Write a GeoTIFF piece by piece; it appears at `path` complete, or not at all.
 
     Use as a context: the pixels go to a temporary name in the same folder, which takes the place
-    of `path` when the block ends well. After an exception an older file at `path` is as before.
+    of `path` when the block ends well and all of them can be read. After an exception an older
+    file at `path` is as before.
 
     Args:
         path: file to write; its folder must exist.
@@ -114,6 +116,9 @@ class GeoTiffWriter:
         crs, transform: georeference, as RasterSeries states it; None for none.
         nodata: value of pixels without data.
         descriptions: band names, such as dates or classes, one for each band.
+
+    Raises:
+        DataError: at the end of the block, where the file was not written whole (a full disk).
     """
 
     def __init__(
@@ -143,6 +148,7 @@ class GeoTiffWriter:
         rasterio = import_rasterio()
         with ExitStack() as stack:
             partial = stack.enter_context(atomic_output(self.path))
+            stack.enter_context(_read_back(partial, self.path))
             self._file = stack.enter_context(rasterio.open(partial, "w", **self.profile))
             self._stack = stack.pop_all()
         for number, text in enumerate(self.descriptions or (), 1):
@@ -177,6 +183,44 @@ def import_rasterio():
             "reading and writing rasters needs rasterio: pip install timo[geo]"
         ) from error
     return rasterio
+
+
+@contextmanager
+def open_raster(path: str | Path, **options) -> Iterator:
+    """The open raster; what GDAL cannot open or read becomes a DataError naming the file.
+
+    `options` go to `rasterio.open`, as driver="GTiff" to refuse whatever else bears the name.
+    """
+    rasterio = import_rasterio()
+    try:
+        # Env turns GDAL's messages on stderr into log records.
+        with rasterio.Env(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            with rasterio.open(path, **options) as file:
+                yield file
+    except (rasterio.errors.RasterioError, UnicodeDecodeError) as error:  # names of projections
+        raise DataError(
+            f"{path}: cannot be read as a raster ({error.__cause__ or error}); the file is "
+            "missing, cut short or of another format: fetch or write it again"
+        ) from error
+
+
+@contextmanager
+def _read_back(partial: Path, path: Path) -> Iterator[None]:
+    """Read `partial` after the block, which has closed it; DataError naming `path` if it is cut.
+
+    GDAL writes blocks and the directory on closing, where a full disk raises no exception.
+    """
+    yield
+    try:
+        with open_raster(partial) as file:
+            for _, window in file.block_windows(1):
+                file.read(window=window)
+    except DataError as error:
+        raise DataError(
+            f"{path}: could not be written whole ({error.__cause__}); is the disk full? Make room "
+            "and write it again"
+        ) from error
 
 
 def _mean(total: Tensor, weights: Tensor, rows: int) -> Tensor:

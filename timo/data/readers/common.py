@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from timo.data.contract import DataError, SeriesDataset
-from timo.data.rasters import open_raster
 from timo.data.series import tensor_dtype
+from timo.data.windows import open_raster
 
 SPLITS = ("train", "val", "test")
 INCOMPLETE = ("error", "skip")

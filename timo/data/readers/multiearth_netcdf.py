@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from timo.data.contract import DataError
-from timo.data.rasters import open_raster
-from timo.data.windows import import_rasterio
+from timo.data.windows import import_rasterio, open_raster
 
 _DAYS_SINCE = re.compile(r"days since (\d{4}-\d\d-\d\d)(?: 00:00:00.*)?")
 _REMEDY = "Get it again, or use the TIFF files"
