@@ -1,5 +1,6 @@
 """Small pretraining corpora on disk, written without the library."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -36,3 +37,9 @@ def write_published_layout(root: Path, locations: int = 3, t: int = 10, size: in
         lines.append(f"{location}," + ",".join(DATES[:t]))
     (root / "dates.csv").write_text("\n".join(lines) + "\n")
     return root
+
+
+def rejections(out: Path) -> list[dict]:
+    """Lines of the log of the store `out`."""
+    with open(out / "rejected.csv", newline="") as file:
+        return list(csv.DictReader(file))

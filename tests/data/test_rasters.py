@@ -59,6 +59,25 @@ def test_validity_and_masks_are_sorted_with_the_frames(tmp_path):
     assert np.array_equal(sample["mask"].numpy(), np.where(mask == 7, 255, mask)[BY_DATE])
 
 
+def test_validity_and_masks_by_the_names_of_their_images(tmp_path):
+    write_rasters(tmp_path, ["20200105_S2", "2020-05-06"], frames(2))
+    usable, labels = np.random.default_rng(2).integers(0, 2, (2, 40, 50)).astype("uint8")
+    write_tif(tmp_path / "20200105_S2_valid.tif", usable)
+    write_tif(tmp_path / "20200105_S2_mask.tif", labels)
+    write_tif(tmp_path / "20200506_mask.tif", labels)
+    sample = RasterSeries(tmp_path)[0]
+    assert np.array_equal(sample["valid"][0].numpy(), usable == 1) and sample["valid"][1].all()
+    assert np.array_equal(sample["mask"].numpy(), [labels, labels])
+
+
+def test_validity_that_is_not_known(tmp_path):
+    write_rasters(tmp_path, ["2001"], frames(1))
+    flags = np.ones((40, 50), "uint8")
+    flags[:4], flags[4:9] = 255, 0
+    write_tif(tmp_path / "2001_valid.tif", flags, nodata=255)
+    assert np.array_equal(RasterSeries(tmp_path)[0]["valid"][0].numpy(), flags == 1)
+
+
 def test_mask_of_the_series(tmp_path):
     write_rasters(tmp_path, NAMES, frames(5))
     mask = np.random.default_rng(3).integers(0, 4, (40, 50)).astype("uint8")
@@ -333,7 +352,11 @@ def test_another_content(tmp_path, pixels, options, message):
         (["20010101_B2", "20010101_B3"], "same date.*gdalbuildvrt -separate"),
         (["2001", "dem"], "dem.tif: its name must begin with the acquisition date"),
         (["2001", "2002_valid"], "2002_valid.tif: no image of the same date.*rename"),
-        (["2001", "2001_mask", "200107_mask", "2001_07_01_mask"], "have the same date; keep one"),
+        (
+            ["2001", "2001_mask", "2001_07_01_mask"],
+            "2001_07_01_mask.tif and .*2001_mask.tif both belong to 2001.tif; keep one",
+        ),
+        (["2001_S2", "2001_S2_valid", "2001_valid"], "both belong to 2001_S2.tif; keep one"),
         (["2001", "2001_mask", "mask"], "mask.tif: lies beside .*2001_mask.tif; keep one"),
         (["mask"], "holds no rasters named"),
     ],

@@ -1,9 +1,11 @@
 """A folder of dated rasters as a dataset."""
 
+from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +14,7 @@ from timo.data.dates import date_of_name, is_date, order_of, parse_date, to_days
 from timo.data.series import Labels, Series, WindowedSeries, sample_folders, tensor_dtype
 from timo.data.windows import open_raster
 
-_WHAT = "rasters named <date>[_<anything>].tif"
+RASTERS = "rasters named <date>[_<anything>].tif"
 
 
 class RasterSeries(WindowedSeries):
@@ -21,11 +23,12 @@ class RasterSeries(WindowedSeries):
     Layout: `<root>[/<sample>]/<date>[_<anything>].tif`, one file with all bands for each date
     (forms of the date: `timo.data.dates`), and optionally
     `mask.tif` (labels of the whole series), `<date>_mask.tif` (labels of one date; dates without
-    one are 255 everywhere) and `<date>_valid.tif` (0 = not usable).
+    one are 255 everywhere) and `<date>_valid.tif` (0 = not usable); an image `<name>.tif` may also
+    have `<name>_mask.tif` and `<name>_valid.tif`.
 
     A pixel is valid where no selected band is nodata, masked inside the file, NaN or infinite,
-    and the validity file does not say 0. Values that are nodata, NaN or infinite become 0.
-    Files are read by window and opened where they are read, so workers share no handle.
+    and the validity file is neither 0 nor its own nodata. Values that are nodata, NaN or infinite
+    become 0. Files are read by window and opened where they are read, so workers share no handle.
 
     Args:
         root: the folder; `samples` names the subfolders to use (None: all).
@@ -62,7 +65,7 @@ class RasterSeries(WindowedSeries):
     ):
         root = Path(root)
         self.nodata = nodata
-        folders = sample_folders(root, samples, _holds_rasters, _WHAT)
+        folders = sample_folders(root, samples, holds_rasters, RASTERS)
         self._files = [_scan(folder) for folder in folders]
         headers = [_one_grid(files) for files in self._files]
         first, first_path = headers[0], self._files[0].images[0]
@@ -90,7 +93,8 @@ class RasterSeries(WindowedSeries):
             image, usable = _read_bands(path, bands, box, self.nodata)
             valid = usable.all(0)
             if valid_path is not None:
-                valid &= _read_bands(valid_path, [1], box)[0][0] != 0
+                (flags,), (known,) = _read_bands(valid_path, [1], box)
+                valid &= (flags != 0) & known
             images.append(np.where(usable, image, np.zeros((), image.dtype)))
             valids.append(valid)
             if files.per_date_masks:
@@ -132,6 +136,56 @@ class _Header:
     nodata: float | None
 
 
+class Listing(NamedTuple):
+    """The rasters of a folder, told apart by their names."""
+
+    images: list[Path]  # by name, with or without a date
+    companions: dict[str, dict[Path, Path]]  # "valid" and "mask": image -> its raster
+    mask: Path | None  # labels of the whole series
+
+
+def list_rasters(folder: Path) -> Listing:
+    """What the rasters of a folder are; hidden files are none.
+
+    `<date>_valid.tif` and `<date>_mask.tif` belong to the images of that date in whatever form,
+    `<image>_valid.tif` and `<image>_mask.tif` to the image of that name. Raises DataError where
+    one has no image, or an image has two of a kind.
+    """
+    found = _rasters(folder)
+    stems = {path.stem for path in found if path.stem != "mask"}
+    images, others, mask = [], [], None
+    for path in found:
+        start, _, role = path.stem.rpartition("_")
+        if path.stem == "mask":
+            mask = path
+        elif role in ("valid", "mask") and (start in stems or is_date(start)):
+            others.append((path, role, parse_date(start) if is_date(start) else start))
+        else:
+            images.append(path)
+    owners = defaultdict(list)  # by date, and by name
+    for path in images:
+        owners[path.stem].append(path)
+        with suppress(DataError):
+            owners[date_of_name(path)].append(path)
+    companions: dict[str, dict[Path, Path]] = {"valid": {}, "mask": {}}
+    for path, role, owner in others:
+        if owner not in owners:
+            raise DataError(
+                f"{path}: no image of the same date or name lies beside it; _{role} at the end of "
+                f"a name means the {role} raster of an image: add the image or rename the file"
+            )
+        for image in owners[owner]:
+            double = companions[role].setdefault(image, path)
+            if double != path:
+                raise DataError(f"{double} and {path} both belong to {image.name}; keep one")
+    return Listing(images, companions, mask)
+
+
+def holds_rasters(folder: Path) -> bool:
+    """Whether rasters lie in the folder itself."""
+    return bool(_rasters(folder))
+
+
 def _rasters(folder: Path) -> list[Path]:
     return sorted(
         p for p in folder.iterdir()
@@ -139,41 +193,18 @@ def _rasters(folder: Path) -> list[Path]:
     )  # fmt: skip
 
 
-def _holds_rasters(folder: Path) -> bool:
-    return bool(_rasters(folder))
-
-
 def _scan(folder: Path) -> _Files:
-    images, mask = [], None
-    companions: dict[str, dict[np.datetime64, Path]] = {"valid": {}, "mask": {}}
-    for path in _rasters(folder):
-        start, _, role = path.stem.rpartition("_")
-        if path.stem == "mask":
-            mask = path
-        elif role in companions and is_date(start):
-            date = parse_date(start)
-            double = companions[role].setdefault(date, path)
-            if double != path:
-                raise DataError(f"{double} and {path} have the same date; keep one")
-        else:
-            images.append(path)
+    images, companions, mask = list_rasters(folder)
     if not images:
-        raise DataError(f"{folder}: holds no {_WHAT}")
+        raise DataError(f"{folder}: holds no {RASTERS}")
     dates = [date_of_name(path) for path in images]
     order = order_of(dates, images)
     dates, images = [dates[i] for i in order], [images[i] for i in order]
-    for role, paths in companions.items():
-        for date, path in paths.items():
-            if date not in dates:
-                raise DataError(
-                    f"{path}: no image of the same date lies beside it; _{role} at the end of a "
-                    f"name means the {role} raster of a date: add the image or rename the file"
-                )
     if mask is not None and companions["mask"]:
         raise DataError(f"{mask}: lies beside {next(iter(companions['mask'].values()))}; keep one "
                         "mask for the series, or one for each date")  # fmt: skip
-    valids = [companions["valid"].get(date) for date in dates]
-    return _Files(dates, images, valids, [companions["mask"].get(d) for d in dates], mask)
+    valids, masks = ([companions[role].get(path) for path in images] for role in ("valid", "mask"))
+    return _Files(dates, images, valids, masks, mask)
 
 
 def _one_grid(files: _Files) -> _Header:

@@ -118,6 +118,10 @@ class WindowedSeries(SeriesDataset):
         """Number of dates of every sample."""
         return [len(self.series[window[0]].dates) for window in self._windows]
 
+    def boxes(self) -> np.ndarray:
+        """(windows, 5) int64: series, upper left row and column, rows and columns."""
+        return np.array([window[:5] for window in self._windows])
+
     def windows_of(self, number: int) -> list[int]:
         """Indices of the windows of one series, row by row."""
         return [i for i, window in enumerate(self._windows) if window[0] == number]
@@ -186,6 +190,11 @@ def tensor_dtype(dtype: np.dtype) -> np.dtype:
     raise ValueError(f"pixels of type {dtype} are not supported; convert to integers or float32")
 
 
+def subfolders_of(folder: Path) -> list[Path]:
+    """Folders in `folder` that are not hidden, by name."""
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def sample_folders(root: Path, samples: Sequence[str] | None, holds, what: str) -> list[Path]:
     """Folders under `root` that are series: `root` itself, or its subfolders sorted by name.
 
@@ -193,7 +202,7 @@ def sample_folders(root: Path, samples: Sequence[str] | None, holds, what: str) 
     """
     if not root.is_dir():
         raise DataError(f"{root}: is not a folder; it must hold {what}, or folders of them")
-    subfolders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    subfolders = subfolders_of(root)
     if samples is not None:
         folders = [root / name for name in samples]
     elif holds(root):

@@ -19,9 +19,11 @@ from timo.data.building.tiffs import (
     read_tiff,
 )
 from timo.data.contract import DataError
-from timo.data.dates import date_of_name, is_date
+from timo.data.dates import date_of_name
 from timo.data.locations import LocationSeries, location_dtype
 from timo.data.published import PublishedCorpus
+from timo.data.rasters import RASTERS, holds_rasters, list_rasters
+from timo.data.series import sample_folders, subfolders_of
 from timo.data.simulate import SimulatedSeries
 from timo.data.store import sha256
 from timo.data.windows import grid_windows, import_rasterio
@@ -160,18 +162,18 @@ class SecoSource(TiffSource):
         location_dtype(self.content.dtype, "dtype")
 
     def names(self) -> list[str]:
-        return _subfolders(self.root)
+        return [folder.name for folder in subfolders_of(self.root)]
 
     def scenes_of(self, folder: Path) -> list["Files"]:
         scenes = []
-        for name in _subfolders(folder):
-            images = [(folder / name / _band_file(band), [1]) for band in self.content.bands]
-            scenes.append(Files(name, folder / name, images))
+        for scene in subfolders_of(folder):
+            images = [(scene / _band_file(band), [1]) for band in self.content.bands]
+            scenes.append(Files(scene.name, scene, images))
         return scenes
 
 
 class RasterSource(TiffSource):
-    """`<root>[/<location>]/<date>[_<anything>].tif` as RasterSeries reads it, and `_valid.tif`.
+    """`<root>[/<location>]/<date>[_<anything>].tif`, and `_valid.tif`, named as for RasterSeries.
 
     Series larger than `size` give a location for each window of a grid without overlap.
     """
@@ -180,9 +182,9 @@ class RasterSource(TiffSource):
         self, root: Path, size: int, bands: Sequence[str] | None, dtype: str | None = None
     ):
         super().__init__(root, size)
-        self._folders = _subfolders(root)
-        if not self._folders or _images(root):
-            root = root.resolve()
+        self._folders = [folder.name for folder in subfolders_of(root)]
+        if not self._folders or holds_rasters(root):
+            (root,) = sample_folders(root.resolve(), None, holds_rasters, RASTERS)
             self.root, self._folders = root.parent, [root.name]
         self._first = first = self._first_header()
         if bands is not None and len(bands) != len(first.bands):
@@ -194,7 +196,10 @@ class RasterSource(TiffSource):
     def names(self) -> list[str]:
         names = []
         for folder in self._folders:
-            header = next(self._headers(folder), None)
+            try:
+                header = next(self._headers(folder), None)
+            except DataError:
+                header = None  # `load` will log it
             # Where no file opens one location stays, so that the log says why.
             height, width = (header.height, header.width) if header else (0, 0)
             sides = self.size, self.size
@@ -207,17 +212,16 @@ class RasterSource(TiffSource):
         return names
 
     def scenes_of(self, folder: Path) -> list["Files"]:
-        scenes, count = [], len(self.content.bands)
-        for path in _images(folder):
-            valid = path.with_name(f"{path.stem}_valid{path.suffix}")
-            images = [(path, list(range(1, count + 1)))]
-            valid = valid if valid.exists() else None
-            scenes.append(Files(path.name, path, images, valid, self._first))
-        return scenes
+        listed, bands = list_rasters(folder), list(range(1, len(self.content.bands) + 1))
+        valids = listed.companions["valid"]
+        return [
+            Files(path.name, path, [(path, bands)], valids.get(path), self._first)
+            for path in listed.images
+        ]
 
     def _headers(self, folder: str) -> Iterator[Header]:
         with gdal_settings():
-            for path in _images(self.root / folder):
+            for path in list_rasters(self.root / folder).images:
                 try:
                     with open_tiff(path) as file:
                         yield header_of(file)
@@ -225,10 +229,14 @@ class RasterSource(TiffSource):
                     continue  # `load` will log it
 
     def _first_header(self) -> Header:
+        reason = f"{self.root}: holds no raster <date>[_<anything>].tif that can be read"
         for folder in self._folders:
-            for header in self._headers(folder):
-                return header
-        raise DataError(f"{self.root}: holds no raster <date>[_<anything>].tif that can be read")
+            try:
+                for header in self._headers(folder):
+                    return header
+            except DataError as error:
+                reason = str(error)
+        raise DataError(reason)
 
 
 class SeriesSource(Source):
@@ -294,24 +302,6 @@ def _repeated(plane: np.ndarray, height: int, width: int, files: Files) -> np.nd
             "wrong size", f"{files.named}: bands of {h} x {w} and {height} x {width} pixels"
         )
     return plane if factor == 1 else plane.repeat(factor, 1).repeat(factor, 2)
-
-
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _images(folder: Path) -> list[Path]:
-    """Rasters of a series, without labels and validity, by name."""
-    found = sorted(
-        p for p in folder.iterdir()
-        if p.suffix.lower() in (".tif", ".tiff") and not p.name.startswith(".")
-    )  # fmt: skip
-    return [p for p in found if p.stem != "mask" and not _is_companion(p)]
-
-
-def _is_companion(path: Path) -> bool:
-    start, _, role = path.stem.rpartition("_")
-    return role in ("valid", "mask") and is_date(start)
 
 
 def _band_file(band: str) -> str:
