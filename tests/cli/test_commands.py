@@ -10,6 +10,8 @@ import torch
 from tests.conftest import REPOSITORY
 from tests.data.writers import frames, write_rasters, write_tif
 from timo.cli import main
+from timo.tasks import SegmentationTask
+from timo.tasks.runs import save_model
 
 SMALL = json.dumps(
     {"embed_dims": [8, 8, 16, 16], "num_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1]}
@@ -154,6 +156,47 @@ def test_bad_input_is_one_message_and_leaves_results_alone(series, tmp_path, cap
     fails(2, "2003.tif", pretrain, series, tmp_path / "new")
     assert not (tmp_path / "new").exists(), "a failed run left a folder behind"
     assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def test_scores_of_what_is_labelled(tmp_path, capsys):
+    """A class that does not occur has no score; labels that fit no class are refused."""
+    pixels = frames(3, bands=2, height=32, width=32, dtype="uint8")
+    for name in ("a", "b"):
+        write_rasters(tmp_path / "data" / name, NAMES, pixels)
+        write_tif(tmp_path / "data" / name / "mask.tif", np.zeros((32, 32), "uint8"))
+    data = tmp_path / "data"
+    task = SegmentationTask(
+        ("band1", "band2"), [0.0, 0.0], [9.0, 9.0], [1.0, 1.0], [0.0, 0.0],
+        ("land", "water", "ice"), model="timo_tiny", model_options=json.loads(SMALL),
+    )  # fmt: skip
+    torch.nn.init.constant_(task.model.classifier.bias[0], 99)  # always land
+    (tmp_path / "run").mkdir()
+    save_model(task, tmp_path / "run")
+    scores = tmp_path / "scores.json"
+
+    def evaluate(code, words):
+        capsys.readouterr()
+        assert run("evaluate", "--run", tmp_path / "run", "--data", "RasterSeries", "--data.root",
+                   data, "--accelerator", "cpu", "--out", scores) == code  # fmt: skip
+        said = capsys.readouterr()
+        assert words in (said.out if code == 0 else said.err) and "Traceback" not in said.err, said
+
+    evaluate(0, "nan")
+    found = json.loads(scores.read_text(), parse_constant=pytest.fail)
+    assert [found[f"test/iou/{name}"] for name in ("land", "water", "ice")] == [1, None, None]
+    assert found["test/mean_iou"] == 1
+
+    mask = data / "b" / "mask.tif"
+    write_tif(mask, np.full((32, 32), 7, "uint8"))
+    evaluate(2, "series b: has the label 7, but the classes are 0 ... 2, land, water, ice")
+    mask.unlink()
+    evaluate(2, "samples 'a' and 'b': must hold the same")
+    for name in ("a", "b"):
+        write_tif(data / name / "mask.tif", np.full((32, 32), 255, "uint8"))
+    evaluate(2, "nothing to measure")
+    for name in ("a", "b"):
+        (data / name / "mask.tif").unlink()
+    evaluate(2, "series a, b: has no mask, which a segmentation run needs")
 
 
 def test_all_invalid_series_are_refused_by_name(tmp_path, capsys):

@@ -41,8 +41,8 @@ def test_scores_by_hand():
     iou, f1 = hits / (held + said - hits), 2 * hits / (held + said)
     share = held / held.sum()
     expected = {
-        "iou": [*iou, 0],
-        "f1": [*f1, 0],
+        "iou": [*iou, np.nan],
+        "f1": [*f1, np.nan],
         "mean_iou": iou.mean(),
         "mean_f1": f1.mean(),
         "accuracy": hits.sum() / held.sum(),

@@ -91,6 +91,58 @@ def test_loss_ignores_255(weights):
     assert task.loss(logits, torch.full_like(mask, 255)) == 0
 
 
+@pytest.mark.parametrize("form", ["none", "dates", "pixels"])
+def test_labels_count_where_a_pixel_is_valid(form):
+    """At that date, or at any date of the series: where `timo predict` maps."""
+    valid = torch.ones(2, 3, 4, 5, dtype=torch.bool)
+    if form != "none":
+        valid[0, 1], valid[1] = False, False
+    if form == "pixels":
+        valid[0, :2, 0, 0], valid[0, 2, 3] = False, False
+    batch = {"valid": compact_valid(valid), "mask": torch.ones(2, 3, 4, 5).long()}
+    task = segmentation()
+    assert torch.equal(task.labels_of(batch) == 1, valid)
+    batch["mask"] = batch["mask"][:, 0]
+    assert torch.equal(task.labels_of(batch) == 1, valid.any(1))
+
+
+def test_only_pretraining_refuses_a_sample_without_a_valid_pixel(tmp_path):
+    pixels = frames(2, bands=2, height=32, width=64, dtype="uint8")
+    pixels[..., :32] = 0
+    write_rasters(tmp_path, ["2001", "2002"], pixels, nodata=0)
+    write_tif(tmp_path / "mask.tif", np.ones((32, 64), "uint8"))
+    data = SeriesData(RasterSeries(tmp_path, tile=32), batch_size=2)
+    batch = next(iter(data.train_dataloader()))
+    with pytest.raises(DataError, match="no valid pixel at any date; leave such windows out"):
+        data.on_before_batch_transfer(batch, 0)
+    task = segmentation()
+    data.trainer = SimpleNamespace(lightning_module=task)
+    ready = data.on_before_batch_transfer(batch, 0)
+    assert "units" not in ready  # of visible units, which fine-tuning does not draw
+    loss = task.training_step(ready, 0)
+    loss.backward()
+    assert loss > 0 and all(p.grad is None or p.grad.isfinite().all() for p in task.parameters())
+
+
+@pytest.mark.parametrize("region", [None, (3, 5, 60, 90)])
+def test_every_pixel_is_measured_once(tmp_path, region):
+    for name in ("a", "b"):
+        pixels = frames(2, bands=2, height=70, width=95, dtype="uint8")
+        write_rasters(tmp_path / name, ["2001", "2002"], pixels)
+        write_tif(tmp_path / name / "mask.tif", np.ones((70, 95), "uint8"))
+    expected = np.ones((70, 95), int)
+    if region:
+        expected[:] = 0
+        expected[3:60, 5:90] = 1
+    for tile, stride in ((32, None), (32, 20), (64, 1000), (200, None)):
+        dataset = RasterSeries(tmp_path, tile=tile, stride=stride, region=region)
+        count = {name: np.zeros((400, 400), int) for name in ("a", "b")}
+        for batch in SeriesData(test=dataset, batch_size=3).test_dataloader():
+            for name, mask, (row, col) in zip(batch["name"], batch["mask"], batch["window"]):
+                count[name][row : row + tile, col : col + tile] += (mask != 255).numpy()
+        assert all((one[:70, :95] == expected).all() for one in count.values())
+
+
 def test_mask_and_model_must_agree_on_frames():
     frames, one = torch.randn(1, 2, 3, 8, 8), torch.zeros(1, 8, 8).long()
     with pytest.raises(ValueError, match="one for every date"):

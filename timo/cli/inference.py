@@ -1,10 +1,12 @@
 """`timo evaluate` and `timo predict`."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from torch.utils.data import Dataset
 
@@ -14,35 +16,36 @@ from timo.tasks.runs import write_json
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """Measure a fine-tuned model on labelled series: IoU (of maps), F1, accuracy."""
+    """Measure a fine-tuned model on labelled series: IoU (of maps), F1, accuracy.
+
+    Pixels count once where windows overlap. A class that neither occurs nor is predicted has the
+    score nan, in the JSON file null.
+    """
     parser = series_parser("timo evaluate", evaluate.__doc__)
-    parser.add_argument("--run", type=str, required=True, help="folder of `timo finetune`")
+    _add_run(parser)
     parser.add_argument("--data", type=Dataset, required=True, help="labelled series")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
     parser.add_argument("--out", type=str, default=None, help="JSON file of the figures")
     options = parser.parse_args(arguments)
     dataset = parser.instantiate(options).data
-    task = load_task(options.run, dataset)
-    if task.target not in dataset[0]:
-        raise ValueError(
-            f"data: its samples have no {task.target}, which a {task.kind} run needs; add mask "
-            "rasters or labels=, or use another data set"
-        )
+    task = load_task(options.run, dataset, options.best)
     trainer = Trainer(accelerator=options.accelerator, logger=False, devices=1)
     data = SeriesData(test=dataset, batch_size=options.batch_size)
     (figures,) = trainer.test(task, datamodule=data, verbose=False)
     for name, value in figures.items():
         print(f"{name.removeprefix('test/'):24s} {value:.4f}")
     if options.out:
-        write_json(Path(options.out), figures | {"data": data.splits()["test"]})
+        # JSON has no NaN.
+        known = {k: v if math.isfinite(v) else None for k, v in figures.items()}
+        write_json(Path(options.out), known | {"data": data.splits()["test"]})
     return 0
 
 
 def predict(arguments: Sequence[str]) -> int:
     """Map every series of a data set to GeoTIFF: labels, and optionally what changed."""
     parser = series_parser("timo predict", predict.__doc__)
-    parser.add_argument("--run", type=str, required=True, help="folder of `timo finetune`")
+    _add_run(parser)
     parser.add_argument("--data", type=Dataset, required=True, help="series, not cut into tiles")
     parser.add_argument("--tile", type=int, default=224, help="window size in pixels")
     parser.add_argument("--overlap", type=int, default=32, help="pixels shared by neighbours")
@@ -61,7 +64,7 @@ def predict(arguments: Sequence[str]) -> int:
         )
     options.data.init_args.tile, options.data.init_args.stride = tile, tile - overlap
     dataset = parser.instantiate(options).data
-    task = load_segmenter(options.run, dataset)
+    task = load_segmenter(options.run, dataset, options.best)
     gpu = options.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     if options.accelerator == "gpu" and not gpu:
         raise ValueError("accelerator is gpu, but torch sees none; use cpu or auto")
@@ -80,3 +83,11 @@ def predict(arguments: Sequence[str]) -> int:
     write_json(out / "legend.json", legend)
     print(json.dumps(legend))
     return 0
+
+
+def _add_run(parser: ArgumentParser) -> None:
+    parser.add_argument("--run", type=str, required=True, help="folder of `timo finetune`")
+    parser.add_argument(
+        "--best", type=bool, default=False,
+        help="weights of the least validation loss, not those of the last epoch",
+    )  # fmt: skip

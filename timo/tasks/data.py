@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from timo.data import (
+    IGNORE_INDEX,
     DataError,
     LocationLoader,
     TemporalSubset,
@@ -18,6 +19,7 @@ from timo.data import (
 )
 from timo.data.augmentation import BandDropout, RandomClouds, RandomResizedCrop
 from timo.data.locations import LocationSeries
+from timo.data.series import WindowedSeries
 from timo.data.transforms import sample_generator
 from timo.models.inputs import UNIT
 from timo.models.masking import least_usable, usable_units
@@ -29,7 +31,7 @@ class SeriesData(LightningDataModule):
     Args:
         train: the series to learn from, as `timo.data.RasterSeries`.
         val: series to watch while training; none if None.
-        test: series that `timo evaluate` measures on.
+        test: series that `timo evaluate` measures on, each pixel once where windows overlap.
         batch_size: samples in a batch.
         dates: use this many random dates of each training sample, in order; all if None.
         augment: random flips and quarter turns of training samples, the same for the mask.
@@ -107,6 +109,11 @@ class SeriesData(LightningDataModule):
         self._sampler.set_epoch(epoch)
 
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
+        valid = compact_valid(batch["valid"])
+        task = getattr(self.trainer, "lightning_module", None)
+        if hasattr(task, "check_labels"):  # a supervised task, which may see nothing in a sample
+            task.check_labels(batch)
+            return batch | {"valid": valid}
         usable = batch["valid"].flatten(1).any(1).tolist()
         if not all(usable):
             names = sorted({name for name, good in zip(batch["name"], usable) if not good})
@@ -114,7 +121,6 @@ class SeriesData(LightningDataModule):
                 f"series {', '.join(names)}: a sample has no valid pixel at any date; leave such "
                 "windows out with min_valid="
             )
-        valid = compact_valid(batch["valid"])
         batch = batch | {"valid": valid}
         if self._batched:  # draws are made on the host, which must not wait for the device
             batch["seeds"] = batch["key"].tolist()
@@ -150,7 +156,8 @@ class SeriesData(LightningDataModule):
         return [] if self.val is None else self._loader(self.val)
 
     def test_dataloader(self) -> DataLoader:
-        return self._loader(self.test)
+        windowed = isinstance(self.test, WindowedSeries)
+        return self._loader(EachPixelOnce(self.test) if windowed else self.test)
 
     def _full_batch(self) -> bool:
         # A last batch of another size would disturb batch statistics; keep it if it is the only.
@@ -173,6 +180,33 @@ class SeriesData(LightningDataModule):
             pin_memory=pin,
             **options,
         )
+
+
+class EachPixelOnce(Dataset):
+    """Windows of `dataset`, labelled where no earlier window of the series lies; 255 elsewhere.
+
+    Windows overlap where one is shifted inward at an edge, or where their stride is less than the
+    tile; scores would count those pixels several times.
+    """
+
+    def __init__(self, dataset: WindowedSeries):
+        self.dataset, self._boxes = dataset, dataset.boxes()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.dataset[index]
+        if "mask" not in sample:
+            return sample
+        number, _, _, h, w = self._boxes[index]
+        earlier = self._boxes[:index]
+        down, right = (earlier[:, 1:3] - self._boxes[index, 1:3]).T
+        near = (earlier[:, 0] == number) & (abs(down) < h) & (abs(right) < w)
+        mask = sample["mask"].clone()
+        for row, col in zip(down[near], right[near]):
+            mask[..., max(0, row) : row + h, max(0, col) : col + w] = IGNORE_INDEX
+        return sample | {"mask": mask}
 
 
 class SeededShuffle(Sampler):

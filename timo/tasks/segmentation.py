@@ -1,5 +1,6 @@
 """Semantic segmentation of series, or of every frame of a series."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from timo.tasks.supervised import SupervisedTask
 
 class SegmentationTask(SupervisedTask):
     """Fine-tune for semantic segmentation (paper: downstream tasks; specification: model.md §4).
+
+    Samples have `mask` (H, W) int64, or (T, H, W) with `per_frame`; pixels that are valid at no
+    date, or not at that date, are neither trained on nor measured.
 
     Args:
         bands, mean, deviation, scale, offset, model, model_options: see SeriesTask.
@@ -65,13 +69,13 @@ class SegmentationTask(SupervisedTask):
         return super().description() | {"scores": self.scores}
 
     def metrics(self) -> MetricCollection:
-        """IoU and F1 by class, their means over the classes that occur, and overall accuracy."""
+        """IoU and F1 by class (NaN of one that does not occur), their means, overall accuracy."""
         options = {
             "num_classes": len(self.classes), "ignore_index": IGNORE_INDEX, "validate_args": False,
         }  # fmt: skip
         chosen = {
-            "iou": MulticlassJaccardIndex(average=None, **options),
-            "f1": MulticlassF1Score(average=None, **options),
+            "iou": MulticlassJaccardIndex(average=None, zero_division=math.nan, **options),
+            "f1": MulticlassF1Score(average=None, zero_division=math.nan, **options),
             "mean_iou": MulticlassJaccardIndex(average="macro", **options),
             "mean_f1": MulticlassF1Score(average="macro", **options),
             "accuracy": MulticlassAccuracy(average="micro", **options),
@@ -83,6 +87,14 @@ class SegmentationTask(SupervisedTask):
                 "weighted_f1": MulticlassF1Score(average="weighted", **options),
             }
         return MetricCollection(chosen)
+
+    def labels_of(self, batch: dict) -> Tensor:
+        """The masks of a batch, 255 where the date, or no date of the series, has a valid pixel."""
+        mask, valid = batch["mask"], batch["valid"]
+        if valid is None:
+            return mask
+        valid = valid if valid.ndim == 4 else valid[..., None, None]
+        return mask.where(valid if mask.ndim == 4 else valid.any(1), IGNORE_INDEX)
 
     def flat(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, classes, H, W) with (B, T, H, W) -> (B·T, ...); others as they are."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from timo import create_model, load_checkpoint
-from timo.data import IGNORE_INDEX, physical
+from timo.data import IGNORE_INDEX, DataError, physical
 from timo.tasks.base import SeriesTask
 
 
@@ -17,7 +17,7 @@ class SupervisedTask(SeriesTask):
     """A model that gives logits of classes, and labels to compare them with.
 
     Subclasses say in `kind` which model of `timo.create_model` it is and in `target` which key of
-    a sample holds the labels, and define `flat` and `metrics`.
+    a sample holds the labels, and define `labels_of`, `flat` and `metrics`.
 
     Args:
         bands, mean, deviation, scale, offset, model, model_options: see SeriesTask.
@@ -73,7 +73,11 @@ class SupervisedTask(SeriesTask):
         self.test_metrics = self.metrics().clone("test/")
 
     def metrics(self) -> MetricCollection:
-        """What validation and test measure, over labels other than 255."""
+        """What validation and test measure, over labels other than 255.
+
+        A class that occurs in neither labels nor predictions has no score:
+        NaN, which counts in no mean.
+        """
         raise NotImplementedError
 
     def flat(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,8 +85,25 @@ class SupervisedTask(SeriesTask):
         raise NotImplementedError
 
     def labels_of(self, batch: dict) -> Tensor:
-        """The labels of a batch, 255 where there is none."""
-        return batch[self.target]
+        """The labels of a batch, 255 where there is none or nothing valid to judge by."""
+        raise NotImplementedError
+
+    def check_labels(self, batch: dict) -> None:
+        """Raise DataError where a batch, on the host, has no labels, or one of no class."""
+        if self.target not in batch:
+            raise DataError(
+                f"series {', '.join(sorted(set(batch['name'])))}: has no {self.target}, which a "
+                f"{self.kind} run needs; add mask rasters or labels=, or leave the series out"
+            )
+        labels = batch[self.target]
+        unknown = ((labels < 0) | (labels >= len(self.classes))) & (labels != IGNORE_INDEX)
+        if unknown.any():
+            first = unknown.nonzero()[0]
+            raise DataError(
+                f"series {batch['name'][first[0]]}: has the label {int(labels[tuple(first)])}, but "
+                f"the classes are 0 ... {len(self.classes) - 1}, {', '.join(self.classes)}; name "
+                "one for each label in task.classes, or renumber the labels (255 is ignored)"
+            )
 
     def forward(self, batch: dict) -> Tensor:
         """Logits (B, [T,] classes[, H, W]) of raw pixels: with T per frame."""
@@ -119,10 +140,20 @@ class SupervisedTask(SeriesTask):
     def on_validation_epoch_end(self) -> None:
         self._log(self.val_metrics)
 
+    def on_test_epoch_start(self) -> None:
+        self._labelled = 0
+
     def test_step(self, batch: dict, index: int) -> None:
-        self.test_metrics.update(*self.flat(self(batch), self.labels_of(batch)))
+        labels = self.labels_of(batch)
+        self._labelled += (labels != IGNORE_INDEX).sum()
+        self.test_metrics.update(*self.flat(self(batch), labels))
 
     def on_test_epoch_end(self) -> None:
+        if not self._labelled:
+            raise DataError(
+                f"data: every {self.target} is 255 wherever pixels are valid, so there is nothing "
+                "to measure; use series with labels, or another ignore_label="
+            )
         self._log(self.test_metrics)
 
     def _log(self, metrics: MetricCollection) -> None:
