@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from tests.data.corpora import write_published_layout
 from timo.data import (
+    PublishedCorpus,
     SeriesDataset,
     TemporalSubset,
     TransformedSeries,
@@ -173,3 +175,23 @@ def test_temporal_subset_takes_the_labels_of_its_dates():
     kept = [sample["dates"].tolist().index(day) for day in out["dates"].tolist()]
     assert out["label"].tolist() == kept
     assert TemporalSubset(3)(sample | {"label": torch.tensor(2)}, torch.Generator())["label"] == 2
+
+
+def darkened(sample, generator):
+    return sample | {"image": torch.zeros_like(sample["image"])}
+
+
+@pytest.mark.parametrize("locations", [False, True])
+def test_transforms_of_transformed_series_all_act(tmp_path, locations):
+    plain = PublishedCorpus(write_published_layout(tmp_path)) if locations else Repeated()
+    assert plain[0]["image"].any()
+    inner = TransformedSeries(plain, [darkened])
+    for outer in (TransformedSeries(inner, []), TransformedSeries(inner, [random_flip])):
+        assert not outer[1]["image"].any()
+        batch = collate_series(outer.__getitems__([0, 1]))
+        assert batch["image"].shape[0] == 2 and not batch["image"].any()
+        with pytest.raises(ValueError, match="dataset: whole batches come from a LocationSeries"):
+            outer.batch([0])
+    bare = TransformedSeries(TransformedSeries(plain, []), [])
+    assert bare.whole == locations
+    assert torch.equal(collate_series(bare.__getitems__([1]))["image"][0], plain[1]["image"])

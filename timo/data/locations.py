@@ -29,6 +29,8 @@ class LocationSeries(SeriesDataset):
         units, scale, offset: as in SeriesDataset; one number or one for each held band.
     """
 
+    whole = True  # `batch` makes whole batches
+
     def __init__(
         self,
         shape: tuple[int, int, int, int],

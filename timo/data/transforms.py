@@ -91,12 +91,20 @@ class TransformedSeries(Dataset):
         return sample | {"key": torch.tensor(generator.initial_seed())}
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict] | dict:
-        if not self.transforms and hasattr(self.dataset, "batch"):
-            return self.batch(indices)
-        return [self[index] for index in indices]
+        return self.batch(indices) if self.whole else [self[index] for index in indices]
+
+    @property
+    def whole(self) -> bool:
+        """Whether `batch` makes whole batches: of a `LocationSeries`, without transforms."""
+        return not self.transforms and getattr(self.dataset, "whole", False)
 
     def batch(self, indices: Sequence[int], out: Tensor | None = None) -> dict:
-        """Samples of a `LocationSeries` in one batch; see there. Without transforms only."""
+        """Samples of a `LocationSeries` in one batch; see there. ValueError with transforms."""
+        if not self.whole:
+            raise ValueError(
+                "dataset: whole batches come from a LocationSeries (StoreSeries, PublishedCorpus) "
+                "without transforms; draw samples one by one: dataset[index]"
+            )
         keys = sample_keys(self.seed, int(self._epoch), indices)
         return self.dataset.batch(indices, out) | {"key": keys}
 
