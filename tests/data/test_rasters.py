@@ -439,6 +439,17 @@ def test_open_series(tmp_path):
         open_series(tmp_path)
 
 
+@pytest.mark.parametrize("suffix", [".TIF", ".tiff", ".Tiff"])
+def test_open_series_in_every_spelling(tmp_path, suffix):
+    (path,) = write_rasters(tmp_path / "a", ["2001"], frames(1))
+    path = path.rename(path.with_suffix(suffix))
+    assert len(open_series(tmp_path)) == len(open_series(tmp_path / "a")) == 1
+    with pytest.raises(DataError, match=f"2001{suffix}: is no folder; give the folder of"):
+        open_series(path)
+    with pytest.raises(DataError, match="none: does not exist; give the folder of"):
+        open_series(tmp_path / "none")
+
+
 def test_pucallpa(data_root):
     bands = ("SWIR1", "NIR", "Red", "Green")
     data = RasterSeries(data_root / "pucallpa_landsat", bands=bands, labels=open_water)

@@ -67,7 +67,7 @@ class NumpySeries(WindowedSeries):
         if path.suffix == ".npy":
             arrays = [path]
         else:
-            folders = sample_folders(path, samples, _holds_series, _WHAT)
+            folders = sample_folders(path, samples, holds_array, _WHAT)
             arrays = [folder / "series.npy" for folder in folders]
         self.invalid_where = invalid_where
         self._sources = [_Source(array, dates, valid, mask, layout, bands) for array in arrays]
@@ -192,7 +192,8 @@ def load_array(path: Path) -> np.ndarray:
         ) from None
 
 
-def _holds_series(folder: Path) -> bool:
+def holds_array(folder: Path) -> bool:
+    """Whether a series of arrays lies in the folder itself."""
     return (folder / "series.npy").exists()
 
 

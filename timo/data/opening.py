@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from timo.data.contract import DataError, SeriesDataset
-from timo.data.numpy_series import NumpySeries
+from timo.data.numpy_series import NumpySeries, holds_array
 from timo.data.published import PublishedCorpus
-from timo.data.rasters import RasterSeries
+from timo.data.rasters import RasterSeries, holds_rasters
+from timo.data.series import subfolders_of
 from timo.data.store import MANIFEST, StoreSeries
 
 
@@ -22,11 +23,13 @@ def open_series(path: str | Path, **options) -> SeriesDataset:
         return StoreSeries(path, **options)
     if path.suffix == ".csv" or (any(path.glob("*.csv")) and any(path.glob("*[0-9].npy"))):
         return PublishedCorpus(path, **options)
-
-    def holds(pattern: str) -> bool:
-        return any(path.glob(pattern)) or any(path.glob(f"*/{pattern}"))
-
-    arrays, rasters = holds("series.npy"), holds("*.tif") or holds("*.tiff")
+    if not path.is_dir():
+        raise DataError(
+            f"{path}: {'is no folder' if path.exists() else 'does not exist'}; give the folder of "
+            "the series, or the path of an .npy file with dates="
+        )
+    folders = [path, *subfolders_of(path)]
+    arrays, rasters = (any(map(held, folders)) for held in (holds_array, holds_rasters))
     if arrays == rasters:
         raise DataError(
             f"{path}: holds {'both' if arrays else 'neither'} rasters named "
