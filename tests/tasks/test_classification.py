@@ -111,9 +111,10 @@ def test_metrics_against_counts():
 
 def test_a_task_is_loaded_as_what_it_is(tmp_path):
     class Data:
-        bands, scale, offset = ("x", "y"), torch.ones(2), torch.zeros(2)
+        bands, units, scale, offset = ("x", "y"), "dB", torch.ones(2), torch.zeros(2)
 
     task = classification(per_frame=True).eval()
+    task.units = "dB"
     save_model(task, tmp_path)
     again = load_task(tmp_path, Data)
     assert isinstance(again, ClassificationTask) and again.per_frame
@@ -125,6 +126,13 @@ def test_a_task_is_loaded_as_what_it_is(tmp_path):
     options = {"model_options": SMALL, "classes": ("a", "b"), "model": "timo_tiny"}
     save_model(SegmentationTask(("x", "y"), **UNITS, **options), tmp_path / "b")
     assert isinstance(load_segmenter(tmp_path / "b", Data), SegmentationTask)
+    Data.units = "linear"
+    with pytest.raises(DataError, match="values in linear; this model was trained on dB: state"):
+        load_task(tmp_path, Data)
+    for damaged in ("{", "[]", "{}"):
+        (tmp_path / "task.json").write_text(damaged)
+        with pytest.raises(DataError, match="task.json: is damaged"):
+            load_task(tmp_path, Data)
 
 
 def test_the_commands_choose_classification(tmp_path, capsys):

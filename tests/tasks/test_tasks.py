@@ -1,6 +1,8 @@
 """Tasks and data modules below the commands."""
 
 import csv
+import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +28,7 @@ from timo.models.masking import least_usable, usable_units
 from timo.tasks import PretrainingTask, SegmentationTask, SeriesData
 from timo.tasks.data import SeededShuffle, compact_valid
 from timo.tasks.prediction import change_codes, predict_strips
-from timo.tasks.runs import fit
+from timo.tasks.runs import fit, save_model
 
 SMALL = {"embed_dims": [8, 8, 16, 16], "num_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1]}
 UNITS = {"mean": [0.2, 0.3], "deviation": [0.1, 0.2], "scale": [1.0, 1.0], "offset": [0.0, 0.0]}
@@ -119,7 +121,7 @@ def test_only_pretraining_refuses_a_sample_without_a_valid_pixel(tmp_path):
     data.trainer = SimpleNamespace(lightning_module=task)
     ready = data.on_before_batch_transfer(batch, 0)
     assert "units" not in ready  # of visible units, which fine-tuning does not draw
-    loss = task.training_step(ready, 0)
+    loss = task.loss(task(ready), task.labels_of(ready))
     loss.backward()
     assert loss > 0 and all(p.grad is None or p.grad.isfinite().all() for p in task.parameters())
 
@@ -177,6 +179,28 @@ def test_the_best_checkpoint_is_that_of_the_least_validation_loss(tmp_path):
         losses = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
     best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
     assert len(losses) == 3 and best["epoch"] == losses.index(min(losses))
+    assert json.loads((tmp_path / "task.json").read_text())["units"] == "reflectance"
+
+
+def test_pretrained_weights_are_of_the_same_bands(tmp_path):
+    def task(*bands, **options):
+        return SegmentationTask(
+            bands, [0.0] * len(bands), [1.0] * len(bands), [1.0] * len(bands), [0.0] * len(bands),
+            ("a", "b"), model="timo_tiny", model_options=SMALL, **options,
+        )  # fmt: skip
+
+    save_model(task("B04", "B03", "band3"), tmp_path)
+    weights = str(tmp_path / "model.safetensors")
+    for bands in (("B04", "B03", "NIR"), ("band1", "B03", "band7")):  # as far as names are known
+        assert task(*bands, pretrained=weights).pretrained_report.mapped
+    (tmp_path / "checkpoints").mkdir()
+    below = shutil.copy(weights, tmp_path / "checkpoints")
+    for bands in (("B03", "B04", "B02"), ("B04", "B08", "B02"), ("B04", "B03")):
+        for path in (weights, below):
+            with pytest.raises(DataError, match=r"reads the bands \('B04'.*, the data has \('B0"):
+                task(*bands, pretrained=path)
+    (tmp_path / "task.json").unlink()
+    task("B03", "B04", "B02", pretrained=weights)
 
 
 def test_shuffling_depends_on_seed_and_epoch():

@@ -1,7 +1,9 @@
 """What all tasks share: bands and their normalisation, optimiser, schedule."""
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,17 @@ from torch.utils.data import Dataset
 
 from timo.data import DataError
 from timo.data.transforms import sample_generator
+
+
+def read_description(path: Path) -> dict:
+    """What `SeriesTask.description` said, from task.json; DataError where that is damaged."""
+    try:
+        described = json.loads(path.read_text())
+        if not {"bands", "model"} <= described.keys():
+            raise ValueError("bands or model are missing")
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path}: is damaged ({error}); copy it again from its run") from error
+    return described
 
 
 class SeriesTask(LightningModule):
@@ -29,6 +42,8 @@ class SeriesTask(LightningModule):
         warmup: share of all steps over which the rate rises from 0.
         schedule: "cosine" falls to 0 over the remaining steps, "constant" stays.
     """
+
+    units: str | None = None  # of the physical values that it was trained on; None if unknown
 
     def __init__(
         self,
@@ -63,19 +78,31 @@ class SeriesTask(LightningModule):
         return self.scale / self.deviation, (self.offset - self.mean) / self.deviation
 
     def read_from(self, dataset: Dataset) -> None:
-        """Take raw units from `dataset`, whose bands must be those that the task was trained on."""
+        """Take scale and offset from `dataset`; DataError unless bands and units are as trained."""
         if tuple(dataset.bands) != self.bands:
             raise DataError(
                 f"data has bands {tuple(dataset.bands)}; this model reads {self.bands}: select= "
                 "the same bands in the same order"
             )
+        if self.units is not None and dataset.units != self.units:
+            raise DataError(
+                f"data has values in {dataset.units}; this model was trained on {self.units}: "
+                "state units=, and scale= and offset=, as in training"
+            )
         self.scale.copy_(dataset.scale)
         self.offset.copy_(dataset.offset)
 
+    def on_fit_start(self) -> None:
+        self.units = self.trainer.datamodule.train.units
+
     def description(self) -> dict:
-        """Arguments that build the task again, but for raw units; JSON can hold them."""
+        """Arguments that build the task again, but for scale and offset, and its units.
+
+        JSON can hold it.
+        """
         return {
             "bands": self.bands,
+            "units": self.units,
             "mean": self.mean.tolist(),
             "deviation": self.deviation.tolist(),
             "model": self.model_name,

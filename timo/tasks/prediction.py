@@ -1,6 +1,5 @@
 """Maps from a trained segmenter: window by window, blended, written as GeoTIFF."""
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from timo import load_checkpoint
 from timo.data import IGNORE_INDEX, DataError, GeoTiffWriter, blend, collate_series
 from timo.data.contract import SeriesDataset
+from timo.tasks.base import read_description
 from timo.tasks.classification import ClassificationTask
 from timo.tasks.data import compact_valid
 from timo.tasks.runs import MODEL, TASK
@@ -25,21 +25,23 @@ def load_task(run: str | Path, dataset: SeriesDataset) -> SupervisedTask:
 
     Args:
         run: folder with model.safetensors and task.json, as `timo finetune` leaves it.
-        dataset: what it will read; must have the bands that it was trained on.
+        dataset: what it will read; must have the bands and units that it was trained on.
 
     Raises:
-        DataError: the folder holds no finished run of `timo finetune`, or bands differ.
+        DataError: the folder holds no finished run of `timo finetune`, or bands or units differ.
     """
     run = Path(run)
     for name in (MODEL, TASK):
         if not (run / name).is_file():
             raise DataError(f"{run / name}: does not exist; give the folder of a finished run")
-    described = json.loads((run / TASK).read_text())
+    described = read_description(run / TASK)
     if "classes" not in described:
         raise DataError(f"{run / TASK}: is of a pretraining run; fine-tune it with labels")
     tasks = {task.kind: task for task in (SegmentationTask, ClassificationTask)}
     kind = tasks[described.pop("kind")]
+    units = described.pop("units", None)
     task = kind(scale=dataset.scale, offset=dataset.offset, **described)
+    task.units = units
     task.read_from(dataset)
     load_checkpoint(task.model, run / MODEL)
     return task.eval()

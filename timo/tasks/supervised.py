@@ -1,6 +1,8 @@
 """What segmentation and classification share: classes, loss, metrics, pretrained weights."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +12,10 @@ from torchmetrics import MetricCollection
 
 from timo import create_model, load_checkpoint
 from timo.data import IGNORE_INDEX, DataError, physical
-from timo.tasks.base import SeriesTask
+from timo.tasks.base import SeriesTask, read_description
+from timo.tasks.runs import TASK
+
+_UNNAMED = re.compile(r"band\d+")  # what a band is called where files do not say
 
 
 class SupervisedTask(SeriesTask):
@@ -24,7 +29,8 @@ class SupervisedTask(SeriesTask):
         learning_rate, weight_decay, betas, warmup, schedule: see SeriesTask.
         classes: names of the classes, in the order of their labels; 255 is ignored.
         per_frame: labels for every date, not for the series.
-        pretrained: checkpoint to start from: a run's model.safetensors, or published weights.
+        pretrained: checkpoint to start from: a run's model.safetensors, whose bands must be the
+            same, or published weights.
         class_weights: weights of the classes in the cross-entropy; equal if None.
     """
 
@@ -64,7 +70,10 @@ class SupervisedTask(SeriesTask):
             model, task=self.kind, in_chans=len(self.bands), num_classes=len(self.classes),
             per_frame=per_frame, **self.model_options,
         )  # fmt: skip
-        self.pretrained_report = load_checkpoint(self.model, pretrained) if pretrained else None
+        self.pretrained_report = None
+        if pretrained:
+            _same_bands(Path(pretrained), self.bands)
+            self.pretrained_report = load_checkpoint(self.model, pretrained)
         weights = None
         if class_weights is not None:
             weights = torch.tensor(class_weights, dtype=torch.float32)
@@ -164,3 +173,19 @@ class SupervisedTask(SeriesTask):
             for label, one in zip(self.classes, value):
                 self.log(f"{name}/{label}", one)
         metrics.reset()
+
+
+def _same_bands(pretrained: Path, bands: tuple[str, ...]) -> None:
+    """DataError where the run of a checkpoint read other bands, as far as names are known."""
+    folders = pretrained.resolve().parents[:2]  # checkpoints lie one deeper than the weights
+    described = next((folder / TASK for folder in folders if (folder / TASK).is_file()), None)
+    if described is None:
+        return
+    held = tuple(read_description(described)["bands"])
+    known = [pair for pair in zip(held, bands) if not any(map(_UNNAMED.fullmatch, pair))]
+    if len(held) != len(bands) or any(a != b for a, b in known):
+        raise DataError(
+            f"task.pretrained: {pretrained} reads the bands {held}, the data has {bands}; select= "
+            "the same bands in the same order. To start from its weights all the same, copy the "
+            f"file to a folder without {TASK}"
+        )
