@@ -199,6 +199,27 @@ def test_scores_of_what_is_labelled(tmp_path, capsys):
     evaluate(2, "series a, b: has no mask, which a segmentation run needs")
 
 
+def test_predict_refuses_what_it_cannot_map(series, tmp_path, capsys):
+    def refused(words, *data):
+        assert run("predict", "--run", tmp_path, "--out", tmp_path / "maps", "--data", *data) == 2
+        assert words in capsys.readouterr().err
+
+    rasters = ("RasterSeries", "--data.root", series)
+    refused("data.region is [0.5, 0.0, 1.0, 1.0]; predict maps series whole", *rasters,
+            "--data.region", "[0.5, 0.0, 1.0, 1.0]")  # fmt: skip
+    refused("data.min_valid is 0.5; predict maps series whole", *rasters, "--data.min_valid", 0.5)
+    for name in ("StoreSeries", "PublishedCorpus"):
+        refused(f"{name}, which is not cut into windows", name, "--data.path", tmp_path)
+    refused("SimulatedSeries, which is not cut into windows", "SimulatedSeries")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there(series, tmp_path, capsys):
+    assert pretrain(series, tmp_path / "new", "--trainer.accelerator", "gpu") == 2
+    said = capsys.readouterr().err
+    assert "No supported gpu backend" in said and "Traceback" not in said
+
+
 def test_all_invalid_series_are_refused_by_name(tmp_path, capsys):
     pixels = np.zeros((2, 1, 64, 64), "uint8")
     write_rasters(tmp_path / "dark", ["2001", "2002"], pixels, nodata=0)

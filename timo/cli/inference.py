@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import Dataset
 
 from timo.cli.parsing import series_parser
+from timo.data.series import WindowedSeries
 from timo.tasks import SeriesData, load_segmenter, load_task, predict_series
 from timo.tasks.runs import write_json
 
@@ -57,12 +59,19 @@ def predict(arguments: Sequence[str]) -> int:
     tile, overlap = options.tile, options.overlap
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap is {overlap}; it must be from 0 to less than tile, {tile}")
-    if "tile" not in options.data.init_args:
+    module, _, name = options.data.class_path.rpartition(".")
+    if not issubclass(getattr(import_module(module), name), WindowedSeries):
         raise ValueError(
             f"data is {options.data.class_path}, which is not cut into windows; predict maps "
             "RasterSeries and NumpySeries"
         )
-    options.data.init_args.tile, options.data.init_args.stride = tile, tile - overlap
+    given = options.data.init_args
+    for name in ("region", "min_valid"):
+        if given[name]:
+            raise ValueError(
+                f"data.{name} is {given[name]}; predict maps series whole, leave it out"
+            )
+    given.tile, given.stride = tile, tile - overlap
     dataset = parser.instantiate(options).data
     task = load_segmenter(options.run, dataset, options.best)
     gpu = options.accelerator in ("auto", "gpu") and torch.cuda.is_available()

@@ -60,8 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except (ValueError, TypeError, OSError, ImportError, ArgumentError) as error:
-        if os.environ.get("TIMO_TRACEBACK") == "1":
+    except Exception as error:
+        if os.environ.get("TIMO_TRACEBACK") == "1" or not _of_input(error):
             raise
         print(f"timo {name}: {error}", file=sys.stderr)
         return 2
+
+
+def _of_input(error: Exception) -> bool:
+    """Whether an error says what is wrong with options or files, and not with the program."""
+    kinds = (ValueError, TypeError, OSError, ImportError, ArgumentError)
+    # Of Lightning's trainer, which is imported by the commands that need it alone.
+    return isinstance(error, kinds) or type(error).__name__ == "MisconfigurationException"
