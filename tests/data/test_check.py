@@ -69,6 +69,12 @@ def test_unreadable_samples_are_reported_and_the_rest_looked_at(tmp_path):
     assert re.search(r"sample 0: .*a/2002.tif: cannot be read", texts(report, "error")[0])
 
 
+def test_labels_that_cannot_be_made_are_reported(tmp_path):
+    write_rasters(tmp_path, YEARS, frames(3))
+    report = check_dataset(RasterSeries(tmp_path, labels=lambda image, valid, bands: image))
+    assert "labels: must return int64" in texts(report, "error")[0]
+
+
 def test_a_dataset_that_breaks_the_contract(tmp_path):
     class Wrong(RasterSeries):
         def __getitem__(self, index):

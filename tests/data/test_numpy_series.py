@@ -70,6 +70,27 @@ def test_select_tiles_and_nan(tmp_path):
     assert without[0]["valid"].all() and without.nonfinite(0).sum() == 0
 
 
+@pytest.mark.parametrize("dtype", [">u2", ">i2", ">f4", "<u2"])
+def test_orders_of_bytes(tmp_path, dtype):
+    pixels = frames(4)
+    write_numpy(tmp_path, pixels.astype(dtype), DATES)
+    data = NumpySeries(tmp_path)
+    validate_sample(data[0], data.bands)
+    assert data[0]["image"].dtype == (torch.uint16 if "u2" in dtype else torch.float32)
+    assert np.array_equal(data[0]["image"].numpy(), pixels[BY_DATE])
+
+
+def test_numbers_beyond_float32_are_not_valid(tmp_path):
+    pixels = frames(4, dtype="float64")
+    pixels[1, 2, 20, 30], pixels[2, 0, 3, 4] = -1e300, 3e38
+    write_numpy(tmp_path, pixels, DATES)
+    data = NumpySeries(tmp_path)
+    sample = data[0]
+    validate_sample(sample, data.bands)
+    assert (~sample["valid"]).nonzero().tolist() == [[BY_DATE.index(1), 20, 30]]
+    assert data.nonfinite(0).tolist() == (~sample["valid"]).sum((1, 2)).tolist()
+
+
 def test_folders_and_workers(tmp_path):
     for name in "bac":
         write_numpy(tmp_path / name, frames(4, seed=ord(name)), DATES, *companions(ord(name)))

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from timo.data.contract import (
     IGNORE_INDEX,
-    DataError,
     SeriesDataset,
     evenly_spaced,
     physical,
@@ -109,7 +108,7 @@ def check_dataset(
             sample = dataset[index]
             nonfinite = _count_nonfinite(dataset, sample, index)
             validate_sample(sample, bands)
-        except (DataError, OSError) as error:
+        except (ValueError, OSError) as error:
             report.add("error", f"sample {index}", str(error))
             continue
         facts = _facts(sample, dataset, nonfinite)

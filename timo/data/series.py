@@ -130,7 +130,7 @@ class WindowedSeries(SeriesDataset):
         """Pixels of window `index` with NaN or infinity that no nodata value explains, (T,)."""
         number, row, col, _, _, h, w = self._windows[index]
         image, _, _ = self._read(number, row, col, h, w)
-        return (~np.isfinite(image)).any(1).sum((1, 2))
+        return (~np.isfinite(tensor_pixels(image))).any(1).sum((1, 2))
 
     def _pixels(self, number, row, col, h, w) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Clean (image, valid, mask) of a window, writable and contiguous."""
@@ -145,11 +145,11 @@ class WindowedSeries(SeriesDataset):
         return image[box].copy(), valid[box].copy(), None if mask is None else mask[box].copy()
 
     def _clean(self, number, image, valid, mask):
+        image = tensor_pixels(image)
         finite = np.isfinite(image)
         if not finite.all():
             valid = valid & finite.all(1)
-            image = np.where(finite, image, 0)
-        image = image.astype(tensor_dtype(image.dtype), copy=False)
+            image = np.where(finite, image, np.zeros((), image.dtype))
         if mask is not None:
             mask = mask.astype(np.int64)
             if self.ignore_label is not None:
@@ -181,13 +181,19 @@ class WindowedSeries(SeriesDataset):
 def tensor_dtype(dtype: np.dtype) -> np.dtype:
     """The dtype that pixels of `dtype` take in a sample: uint8 and uint16 stay, others float32.
 
-    Raises ValueError where they are no numbers.
+    In this machine's order of bytes. Raises ValueError where they are no numbers.
     """
     if dtype.name in ("uint8", "uint16"):
-        return dtype
+        return dtype.newbyteorder("=")
     if dtype.kind in "iuf":
         return np.dtype(np.float32)
     raise ValueError(f"pixels of type {dtype} are not supported; convert to integers or float32")
+
+
+def tensor_pixels(image: np.ndarray) -> np.ndarray:
+    """`image` in the dtype of a sample; infinite where it lies beyond float32."""
+    with np.errstate(over="ignore"):
+        return image.astype(tensor_dtype(image.dtype), copy=False)
 
 
 def subfolders_of(folder: Path) -> list[Path]:

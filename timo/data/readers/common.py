@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from timo.data.contract import DataError, SeriesDataset
-from timo.data.series import tensor_dtype
+from timo.data.series import tensor_pixels
 from timo.data.windows import open_raster
 
 SPLITS = ("train", "val", "test")
@@ -167,7 +167,7 @@ def clean(image: np.ndarray, valid: np.ndarray) -> tuple[torch.Tensor, torch.Ten
     `valid` is (T, H, W), or (T, C, H, W), where a pixel needs all of its bands.
     """
     valid = valid if valid.ndim == 3 else valid.all(1)
-    image = image.astype(tensor_dtype(image.dtype), copy=False)
+    image = tensor_pixels(image)
     if image.dtype.kind == "f":
         valid = valid & np.isfinite(image).all(1)
     image = np.where(valid[:, None], image, np.zeros((), image.dtype))
