@@ -32,6 +32,20 @@ def test_encoder(valid):
         assert_same(p.grad, exact)
 
 
+def test_checkpointed_blocks():
+    """Gradients, and statistics of the gates that move once though blocks run twice."""
+    tokens, results = torch.randn(2, 3, 4, 4, 16, dtype=torch.float64), []
+    for backend in (None, "aot_eager"):
+        stage = build(checkpoint_blocks=True).stage1.train()
+        run = torch.compile(stage, fullgraph=True, backend=backend) if backend else stage
+        x = tokens.clone().requires_grad_()
+        run(x, None).square().sum().backward()
+        grads = [p.grad for p in stage.blocks.parameters()]
+        results.append([x.grad, *grads, *(b.double() for b in stage.blocks.buffers())])
+    for got, exact in zip(*results):
+        assert_same(got, exact)
+
+
 @pytest.mark.parametrize("statistics", ["visible", "all"])
 def test_masked_autoencoder(statistics):
     options = dict(depths=(1, 1, 1, 1), decoder_depth=1, stem_statistics=statistics)

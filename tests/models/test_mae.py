@@ -200,6 +200,26 @@ def test_the_published_defaults():
     assert model.decoder.pred.out_features == 3 * 32 * 32
 
 
+def test_checkpointed_blocks_change_memory_alone():
+    """Of the decoder too, whose blocks hold most of it here."""
+    kept, results = [], []
+    for checkpointed in (False, True):
+        model = build("mae", decoder_depth=8, checkpoint_blocks=checkpointed).train()
+        held = [0]
+
+        def count(tensor, held=held):
+            held[0] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            out = model(series(H=96, W=96), visible_ids=IDS)
+        kept.append(held[0])
+        out.loss.backward()
+        results.append([out.loss, *(p.grad for p in model.parameters()), *model.buffers()])
+    assert all(torch.equal(plain, again) for plain, again in zip(*results))
+    assert kept[1] < 0.6 * kept[0]
+
+
 def test_autocast_is_close_to_full_precision():
     model, frames = build("mae").float().train(), series(W=64).float()
     full = model(frames, visible_ids=IDS)

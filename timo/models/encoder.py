@@ -43,15 +43,29 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
         shape, usable = x.shape, per_token(valid)
         x = x.flatten(1, 3)  # [B, T·h·w, D]
-        for block in self.blocks:
-            if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
-                x = _run_again_in_backward(block, x, shape[1], usable)
-            else:
-                x = block(x, shape[1], usable)
+        x = run_blocks(self.blocks, x, shape[1], usable, self.checkpoint_blocks)
         return self.norm(x).view(shape)
 
 
-def _run_again_in_backward(block: Block, *args) -> Tensor:
+def run_blocks(
+    blocks: nn.ModuleList, x: Tensor, num_dates: int, valid: Tensor | None, again: bool
+) -> Tensor:
+    """Blocks one after the other; shapes as `timo.layers.Block`.
+
+    Args:
+        again: keep the input of each block alone in training, and run it again in the backward.
+    """
+    again = again and blocks.training and torch.is_grad_enabled()
+    for block in blocks:
+        args = x, num_dates, valid
+        x = _run_again_in_backward(block, *args) if again else block(*args)
+    return x
+
+
+def _run_again_in_backward(block: nn.Module, *args) -> Tensor:
+    if torch.compiler.is_compiling():  # a graph moves running statistics once, in its forward
+        return checkpoint(block, *args, use_reentrant=False)
+
     # The second run must not move running statistics once more.
     def contexts():
         return nullcontext(), untracked(block)
@@ -92,7 +106,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.embed_dims = tuple(embed_dims)
-        self.temporal_position = temporal_position
+        self.temporal_position, self.checkpoint_blocks = temporal_position, checkpoint_blocks
         total, done = sum(depths), 0
         for i, dim in enumerate(embed_dims):
             rates = [drop_path_rate * k / max(total - 1, 1) for k in range(done, done + depths[i])]

@@ -10,7 +10,7 @@ from timo import ops
 from timo.layers import Block, Linear
 from timo.layers.position import grid_code, unit_code
 from timo.layers.validity import per_map, pool_valid
-from timo.models.encoder import Encoder
+from timo.models.encoder import Encoder, run_blocks
 from timo.models.inputs import UNIT, check_series, pad_valid
 from timo.models.masking import (
     draw_units,
@@ -42,10 +42,15 @@ class Decoder(nn.Module):
         in_dim: channels of the latents.
         dim, num_heads, depth: width, heads and number of blocks.
         out_dim: values of a unit, C·32·32.
+        checkpoint_blocks: see `timo.models.encoder.Stage`.
     """
 
-    def __init__(self, in_dim: int, dim: int, num_heads: int, depth: int, out_dim: int):
+    def __init__(
+        self, in_dim: int, dim: int, num_heads: int, depth: int, out_dim: int,
+        checkpoint_blocks: bool = False,
+    ):  # fmt: skip
         super().__init__()
+        self.checkpoint_blocks = checkpoint_blocks
         self.embed = Linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
@@ -77,8 +82,7 @@ class Decoder(nn.Module):
             x = ops.scatter_units(x, visible_ids, token, code)
         else:  # positions differ between the samples
             x = ops.scatter_units(x, visible_ids, token, torch.zeros_like(code[0])) + code
-        for block in self.blocks:
-            x = block(x, x.shape[1], valid)
+        x = run_blocks(self.blocks, x, x.shape[1], valid, self.checkpoint_blocks)
         x = x.gather(1, masked_ids[..., None].expand(-1, -1, x.shape[2]))
         return self.pred(self.norm(x))
 
@@ -109,8 +113,9 @@ class MaskedAutoencoder(nn.Module):
         self.pixel_norm, self.stem_statistics = pixel_norm, stem_statistics
         values = encoder.stem.conv.in_channels * UNIT**2
         self.decoder = Decoder(
-            encoder.embed_dims[-1], decoder_embed_dim, decoder_num_heads, decoder_depth, values
-        )
+            encoder.embed_dims[-1], decoder_embed_dim, decoder_num_heads, decoder_depth, values,
+            encoder.checkpoint_blocks,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"pixel_norm={self.pixel_norm!r}, stem_statistics={self.stem_statistics!r}"
