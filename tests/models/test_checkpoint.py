@@ -296,3 +296,23 @@ def test_safetensors_with_published_names(tmp_path):
     timo.load_checkpoint(other, tmp_path / "a.safetensors")
     assert equal(other.state_dict(), model.state_dict())
     assert load_file(tmp_path / "a.safetensors").keys() == state.keys()
+
+
+def test_another_variant_is_told_by_its_options(tmp_path):
+    path = tmp_path / "model.safetensors"
+    small = {"embed_dims": [8, 8, 16, 16], "num_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1]}
+    timo.save_checkpoint(timo.create_model("timo_tiny", "mae", layer_scale=0.1, **small), path)
+    other = timo.create_model(
+        "timo_tiny", "segmentation", num_classes=2, **small | {"depths": [1] * 3 + [2]}
+    )
+    with pytest.raises(ValueError) as caught:
+        timo.load_checkpoint(other, path)
+    lines = str(caught.value).splitlines()
+    assert lines[1] == (
+        "  it was built with depths=[1, 1, 1, 1], layer_scale=0.1, this model with depths="
+        "[1, 1, 1, 2], layer_scale=None; build it with the former, in commands by task.model and "
+        "task.model_options"
+    )
+    assert len(lines) == 8 and lines[7].startswith("  and ") and lines[7].endswith(" more")
+    same = timo.create_model("timo_tiny", "mae", layer_scale=0.1, **small, drop_path_rate=0.3)
+    timo.load_checkpoint(same, path)

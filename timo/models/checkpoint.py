@@ -23,6 +23,11 @@ PARTS = {
     "segmentation head": ("upernet.", "classifier."),
     "classification head": ("head.",),
 }
+# Options of `create_model` that decide which weights a model has.
+SHAPING = (
+    "in_chans", "embed_dims", "num_heads", "depths", "layer_scale", "attention",
+    "decoder_embed_dim", "decoder_num_heads", "decoder_depth",
+)  # fmt: skip
 
 
 @dataclass
@@ -71,26 +76,43 @@ def load_checkpoint(model: nn.Module, path_or_mapping: str | os.PathLike | Mappi
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file cannot be read or holds more than tensors and plain values; or keys
-            are unexpected, missing, ambiguous or of the wrong shape or kind: names them all.
+            are unexpected, missing, ambiguous or of the wrong shape or kind: names five of them,
+            after the options of `create_model` that differ, where the file states them.
     """
+    metadata: dict = {}
     if isinstance(path_or_mapping, Mapping):
         source, state = "the mapping", path_or_mapping
     else:
         source = str(path_or_mapping)
-        state = _read(Path(path_or_mapping))
+        state = _read(Path(path_or_mapping), metadata)
     if isinstance(state.get("model"), Mapping):
         state = state["model"]
     target = {canonical(name): (name, x) for name, x in model.state_dict().items()}
     report, pairs, errors = _match(state, target)
     if errors:
+        more = [f"and {len(errors) - 5} more"] if len(errors) > 5 else []
         raise ValueError(
             f"{source} does not fit {type(model).__name__}; nothing was loaded:\n  "
-            + "\n  ".join(errors)
+            + "\n  ".join(_differing_options(metadata, model) + errors[:5] + more)
         )
     with torch.no_grad():
         for own, x in pairs:
             own.copy_(x)
     return report
+
+
+def _differing_options(metadata: Mapping, model: nn.Module) -> list[str]:
+    """Options that decide which weights there are and that a file and a model state otherwise."""
+    config = json.loads(metadata.get("config", "null")) or {}
+    own = json.loads(json.dumps(getattr(model, "config", {})))
+    differing = [k for k in SHAPING if k in config and k in own and config[k] != own[k]]
+    if not differing:
+        return []
+    its, ours = (", ".join(f"{k}={held[k]}" for k in differing) for held in (config, own))
+    return [
+        f"it was built with {its}, this model with {ours}; build it with the former, in commands "
+        "by task.model and task.model_options"
+    ]
 
 
 def _match(
