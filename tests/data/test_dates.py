@@ -45,6 +45,10 @@ def test_days_count_from_1970_in_both_directions():
         ("198503_NIR.tif", "1985-03-15"),
         ("20200229_10m.tif", "2020-02-29"),
         ("2020_10m.tif", "2020-07-01"),
+        ("2019_12.tif", "2019-12-15"),
+        ("2019-12_x.tif", "2019-12-15"),
+        ("2019_32.tif", "2019-07-01"),  # 32 is no month: the year, followed by anything
+        ("2019_32_x.tif", "2019-07-01"),
         ("2020_02_29.tif", "2020-02-29"),
         ("2020-02-29_S2_x.tif", "2020-02-29"),
         ("20200229T101010_L2A.tif", "2020-02-29T10:10:10"),
@@ -54,7 +58,10 @@ def test_date_of_name(name, day):
     assert date_of_name(Path(name)) == np.datetime64(day, "s")
 
 
-@pytest.mark.parametrize("name", ["dem.tif", "S2_20200101.tif", "0001.tif", "20201350.tif"])
+@pytest.mark.parametrize(
+    "name",
+    ["dem.tif", "S2_20200101.tif", "0001.tif", "20201350.tif", "2020_02_30.tif", "2019-13.tif"],
+)
 def test_name_without_date(name):
     with pytest.raises(DataError, match=f"x/{name}.*YYYYMMDD"):
         date_of_name(Path("x") / name)
@@ -68,8 +75,9 @@ def test_name_without_date(name):
         ("d.csv", "date\n2020-01-02\n20210304"),
     ],
 )
-def test_files_of_dates(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])  # spreadsheets begin files with a mark
+def test_files_of_dates(tmp_path, name, text, mark):
+    (tmp_path / name).write_text(mark + text, encoding="utf-8")
     assert to_days(read_dates(tmp_path / name)).tolist() == [18263, 18690]
 
 

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,16 @@ def test_frames_are_sorted_by_date_and_pixels_without_data_are_not_valid(layout)
     assert np.array_equal(sample["image"], pixels[::-1]) and (sample["dates"].diff() > 0).all()
     assert (~sample["valid"]).nonzero().tolist() == [[5, 3, 5]]
     assert torch.equal(series.batch([0, 1])["image"][1], sample["image"])
+
+
+@pytest.mark.parametrize("form", [r"\1-\2-\3", r"\1_\2_\3", r"\1_\2_\3_S2", r"\1-\2-\3T10:11:12Z"])
+def test_every_form_of_a_date(layout, form):
+    days = [sample["dates"] for sample in PublishedCorpus(layout)]
+    table = layout / "dates.csv"
+    text = re.sub(r"(\d{4})(\d{2})(\d{2})", form, table.read_text())
+    table.write_text("\ufeff" + text, encoding="utf-8")  # as spreadsheets begin a file
+    for sample, expected in zip(PublishedCorpus(layout), days, strict=True):
+        assert torch.equal(sample["dates"], expected)
 
 
 def test_written_and_read_again(layout, tmp_path):

@@ -10,14 +10,14 @@ import numpy as np
 
 from timo.data.contract import DataError
 
-FORMS = "YYYY, YYYYMM, YYYYMMDD, YYYY-MM-DD, YYYY_MM_DD, YYYYMMDDThhmmss"
+FORMS = "YYYY, YYYYMM, YYYY-MM, YYYY_MM, YYYYMMDD, YYYY-MM-DD, YYYY_MM_DD, YYYYMMDDThhmmss"
 
-# Longest form first: 2020_05_01 is a day, not the year 2020 followed by anything.
+# Longest form first: 2020_05_01 is a day, not the year 2020 followed by anything; 2020_32 is.
 _FORMS = (
     r"(\d{4})(\d{2})(\d{2})T(\d{2})(\d{2})(\d{2})",
     r"(\d{4})([-_])(\d{2})\2(\d{2})",
     r"(\d{4})(\d{2})(\d{2})",
-    r"(\d{4})[-_](\d{2})",
+    r"(\d{4})[-_](0[1-9]|1[0-2])",
     r"(\d{4})(\d{2})",
     r"(\d{4})",
 )
@@ -54,17 +54,27 @@ def is_date(text: str) -> bool:
     return True
 
 
+def leading_date(text: str) -> np.datetime64 | None:
+    """Date that `text` is, or begins with before a `_`, in the longest of `FORMS`; None without.
+
+    Raises ValueError where it is no day of a calendar.
+    """
+    for form in _FORMS:
+        match = re.match(form + r"(?=_|$)", text)
+        if match:
+            return parse_date(match.group())
+    return None
+
+
 def date_of_name(path: Path) -> np.datetime64:
     """Date at the start of a file name, `<date>[_<anything>].<suffix>`; DataError without one."""
     reason = ""
-    for form in _FORMS:
-        match = re.match(form + r"(?=_|$)", path.stem)
-        if match:
-            try:
-                return parse_date(match.group())
-            except ValueError as error:
-                reason = f" ({error})"
-                break
+    try:
+        date = leading_date(path.stem)
+        if date is not None:
+            return date
+    except ValueError as error:
+        reason = f" ({error})"
     raise DataError(
         f"{path}: its name must begin with the acquisition date, as "
         f"<date>[_<anything>]{path.suffix}, with the date as one of {FORMS}{reason}"
@@ -74,7 +84,7 @@ def date_of_name(path: Path) -> np.datetime64:
 def read_dates(path: Path) -> list[np.datetime64]:
     """Dates of a file in the order they stand: a JSON list, or CSV or TXT with one on each line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a file of dates ({error})") from None
     if path.suffix.lower() == ".json":

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from timo.data.contract import DataError, atomic_output, with_progress
-from timo.data.dates import parse_date, to_days
+from timo.data.dates import leading_date, parse_date, to_days
 from timo.data.locations import Location, LocationSeries, location_dtype
 from timo.data.numpy_series import load_array
 from timo.data.store import StoreSeries
@@ -104,12 +104,18 @@ class PublishedCorpus(LocationSeries):
 
     def _parsed(self, index: int) -> np.ndarray:
         try:
-            return to_days([parse_date(text.split("_")[0]) for text in self._written[index]])
+            return to_days([_date(text) for text in self._written[index]])
         except ValueError as error:
             raise DataError(
                 f"{self.table}: location {self._locations[index]}: {error}; write the dates as "
                 "YYYYMMDD"
             ) from None
+
+
+def _date(text: str) -> np.datetime64:
+    """Date that a field is, or begins with before a `_`."""
+    date = leading_date(text.strip())
+    return parse_date(text.split("_")[0]) if date is None else date
 
 
 def find_csv(path: Path) -> Path:
@@ -150,7 +156,7 @@ def write_published(store: StoreSeries, folder: Path) -> None:
 def _rows(table: Path) -> list[tuple[str, list[str]]]:
     """(location, dates as written) of every row; the location is the stem of a file."""
     try:
-        with open(table, newline="", encoding="utf-8") as file:
+        with open(table, newline="", encoding="utf-8-sig") as file:
             head, *lines = csv.reader(file)
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{table}: cannot be read as a CSV loc,t1 ... ({error})") from None
