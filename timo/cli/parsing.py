@@ -1,8 +1,9 @@
 """Parsers of the commands that read data: YAML and command line alike."""
 
 import warnings
+from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 
 import timo.data
@@ -42,5 +43,14 @@ def training_parser(program: str, description: str, task: type, derived: set) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's deprecated options
         parser.add_class_arguments(Trainer, "trainer", skip=OURS, instantiate=False)
-    parser.set_defaults({"trainer.max_epochs": 100, "trainer.log_every_n_steps": 1})
+    parser.set_defaults({"trainer.log_every_n_steps": 1})
     return parser
+
+
+def parse_training(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """Options of a training run, which lasts 100 epochs where nothing else ends it."""
+    options = parser.parse_args(arguments)
+    trainer = options.trainer
+    if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
+        trainer.max_epochs = 100
+    return options

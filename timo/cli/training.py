@@ -4,20 +4,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
+from lightning.pytorch.utilities import rank_zero_only
 
-from timo.cli.parsing import training_parser
+from timo.cli.parsing import parse_training, training_parser
 from timo.data.collate import by_date
 from timo.tasks import ClassificationTask, PretrainingTask, SegmentationTask, SeriesData
 from timo.tasks.base import SeriesTask
-from timo.tasks.runs import fit, open_run
+from timo.tasks.runs import fit
 from timo.tasks.supervised import SupervisedTask
 
 
 def pretrain(arguments: Sequence[str]) -> int:
     """Pretrain on unlabelled series."""
     parser = training_parser("timo pretrain", pretrain.__doc__, PretrainingTask, set())
-    options = parser.parse_args(arguments)
+    options = parse_training(parser, arguments)
     data, normalisation = _data(parser, options)
     task = PretrainingTask(data.train.bands, **normalisation, **options.task.as_dict())
     _train(task, data, parser, options)
@@ -48,7 +49,7 @@ def finetune(arguments: Sequence[str]) -> int:
         raise ValueError('task.classes: name the classes of the labels, as ["land", "water"]')
     task = kind(data.train.bands, **normalisation, **described)
     if task.pretrained_report:
-        print(task.pretrained_report)
+        rank_zero_only(print)(task.pretrained_report)
     _train(task, data, parser, options)
     return 0
 
@@ -57,7 +58,7 @@ def _finetuning(task: type[SupervisedTask], arguments: Sequence[str]):
     """(parser, options) of `timo finetune` with the defaults of `task`."""
     parser = training_parser("timo finetune", finetune.__doc__, task, {"per_frame", "classes"})
     parser.add_argument("--task.classes", type=list[str] | None, help="names, in label order")
-    return parser, parser.parse_args(arguments)
+    return parser, parse_training(parser, arguments)
 
 
 def _classes(data: SeriesData) -> tuple[str, ...] | None:
@@ -77,9 +78,12 @@ def _data(parser: ArgumentParser, options: Namespace) -> tuple[SeriesData, dict]
 
 def _train(task: SeriesTask, data: SeriesData, parser: ArgumentParser, options: Namespace) -> None:
     out = Path(options.out)
-    config = parser.dump(options, skip_unset=True)
-    open_run(out, config, options.seed, options.resume)
-    trainer: Trainer = fit(task, data, out, options.resume, **options.trainer.as_dict())
+    repetition = options.clone()
+    repetition.resume = False
+    config = parser.dump(repetition, skip_unset=True)
+    trainer = fit(task, data, out, options.resume, config, **options.trainer.as_dict())
+    if not trainer.is_global_zero:
+        return
     figures = {k: v.item() for k, v in trainer.callback_metrics.items()}
     for name, value in sorted(figures.items()):
         print(f"{name:24s} {value:.5g}")

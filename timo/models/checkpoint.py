@@ -66,9 +66,10 @@ def load_checkpoint(model: nn.Module, path_or_mapping: str | os.PathLike | Mappi
 
     Args:
         model: what `create_model` returns, or a bare `timo.layers.GyroscopeAttention`.
-        path_or_mapping: a .safetensors file; a published .pth; or a mapping, {"model": state} or
-            the state itself. Names are ours or the published ones. A checkpoint of one task loads
-            into a model of another: the encoder is what they share.
+        path_or_mapping: a .safetensors file; a published .pth; a run's .ckpt, of which the task's
+            model is taken; or a mapping, {"model": state} or the state itself. Names are ours or
+            the published ones. A checkpoint of one task loads into a model of another: the encoder
+            is what they share.
 
     Returns:
         What was mapped, left out, and not found though that was expected.
@@ -84,9 +85,12 @@ def load_checkpoint(model: nn.Module, path_or_mapping: str | os.PathLike | Mappi
         source, state = "the mapping", path_or_mapping
     else:
         source = str(path_or_mapping)
-        state = _read(Path(path_or_mapping), metadata)
+        state = read_checkpoint(Path(path_or_mapping), metadata)
     if isinstance(state.get("model"), Mapping):
         state = state["model"]
+    elif isinstance(state.get("state_dict"), Mapping):  # of a task, which holds the model as one
+        held = state["state_dict"].items()
+        state = {k.removeprefix("model."): x for k, x in held if k.startswith("model.")}
     target = {canonical(name): (name, x) for name, x in model.state_dict().items()}
     report, pairs, errors = _match(state, target)
     if errors:
@@ -234,7 +238,7 @@ def model_from_checkpoint(path: str | os.PathLike) -> nn.Module:
     path = Path(path)
     metadata: dict = {}
     if path.suffix == ".safetensors":
-        _read(path, metadata)
+        read_checkpoint(path, metadata)
     config = json.loads(metadata.get("config", "null"))
     if config is None:
         raise ValueError(
@@ -246,7 +250,7 @@ def model_from_checkpoint(path: str | os.PathLike) -> nn.Module:
     return model
 
 
-def _read(path: Path, metadata: dict | None = None) -> Mapping:
+def read_checkpoint(path: Path, metadata: dict | None = None) -> Mapping:
     """The content of a checkpoint file; `metadata` is filled from a safetensors header."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")

@@ -131,6 +131,12 @@ class SeriesTask(LightningModule):
         fused = self.device.type in ("cuda", "cpu")
         optimizer = torch.optim.AdamW(groups, self.learning_rate, self.betas, fused=fused)
         steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps) and (self.warmup or self.schedule != "constant"):
+            raise ValueError(
+                f"schedule is {self.schedule} with warmup {self.warmup}, but neither max_epochs "
+                "nor max_steps says how long the run is; set one of them, or schedule constant "
+                "and warmup 0"
+            )
         scheduler = LambdaLR(optimizer, lambda step: self._factor(step, steps))
         return {
             "optimizer": optimizer,
@@ -139,9 +145,9 @@ class SeriesTask(LightningModule):
 
     def _factor(self, step: int, steps: float) -> float:
         """Share of the peak learning rate at a step."""
-        rising = self.warmup * steps
+        rising = self.warmup * steps if self.warmup else 0.0  # steps may be infinite
         if step < rising:
             return (step + 1) / (rising + 1)
-        if self.schedule == "constant" or not math.isfinite(steps):
+        if self.schedule == "constant":
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / (steps - rising))))

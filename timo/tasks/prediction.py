@@ -15,17 +15,18 @@ from timo.data.contract import SeriesDataset
 from timo.tasks.base import read_description
 from timo.tasks.classification import ClassificationTask
 from timo.tasks.data import compact_valid
-from timo.tasks.runs import MODEL, TASK
+from timo.tasks.runs import BEST, MODEL, TASK
 from timo.tasks.segmentation import SegmentationTask
 from timo.tasks.supervised import SupervisedTask
 
 
-def load_task(run: str | Path, dataset: SeriesDataset) -> SupervisedTask:
+def load_task(run: str | Path, dataset: SeriesDataset, best: bool = False) -> SupervisedTask:
     """The task that a run left, in evaluation mode, set to read `dataset`'s raw units.
 
     Args:
         run: folder with model.safetensors and task.json, as `timo finetune` leaves it.
         dataset: what it will read; must have the bands and units that it was trained on.
+        best: take best.safetensors, the weights of the least validation loss, not the last ones.
 
     Raises:
         DataError: the folder holds no finished run of `timo finetune`, or bands or units differ.
@@ -34,6 +35,8 @@ def load_task(run: str | Path, dataset: SeriesDataset) -> SupervisedTask:
     for name in (MODEL, TASK):
         if not (run / name).is_file():
             raise DataError(f"{run / name}: does not exist; give the folder of a finished run")
+    if best and not (run / BEST).is_file():
+        raise DataError(f"{run / BEST}: does not exist, for no data.val was watched; omit --best")
     described = read_description(run / TASK)
     if "classes" not in described:
         raise DataError(f"{run / TASK}: is of a pretraining run; fine-tune it with labels")
@@ -43,13 +46,13 @@ def load_task(run: str | Path, dataset: SeriesDataset) -> SupervisedTask:
     task = kind(scale=dataset.scale, offset=dataset.offset, **described)
     task.units = units
     task.read_from(dataset)
-    load_checkpoint(task.model, run / MODEL)
+    load_checkpoint(task.model, run / (BEST if best else MODEL))
     return task.eval()
 
 
-def load_segmenter(run: str | Path, dataset: SeriesDataset) -> SegmentationTask:
+def load_segmenter(run: str | Path, dataset: SeriesDataset, best: bool = False) -> SegmentationTask:
     """As `load_task`; DataError where the run's model gives no maps."""
-    task = load_task(run, dataset)
+    task = load_task(run, dataset, best)
     if not isinstance(task, SegmentationTask):
         raise DataError(f"{Path(run) / TASK}: is of a {task.kind} run, which maps nothing")
     return task

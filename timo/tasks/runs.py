@@ -1,7 +1,9 @@
 """A run's folder: configuration, environment, seed and results side by side."""
 
+import copy
 import json
 import platform
+import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,28 +13,121 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from timo import save_checkpoint
+from timo import load_checkpoint, save_checkpoint
 from timo.data.contract import atomic_output
+from timo.models.checkpoint import read_checkpoint
 from timo.tasks.base import SeriesTask
 from timo.tasks.data import SeriesData
 
-MODEL, TASK, CONFIG, LAST = "model.safetensors", "task.json", "config.yaml", "checkpoints/last.ckpt"
-SPLITS = "splits.json"
+MODEL, BEST, TASK = "model.safetensors", "best.safetensors", "task.json"
+LAST, BEST_STATE = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
+# What lies in the folder of a run that has no checkpoint yet.
+STARTED = {"config.yaml", "environment.json", "splits.json", "logs", "checkpoints"}
 
 
-def open_run(out: Path, config: str, seed: int, resume: bool) -> None:
-    """Make the folder of a run and write what it is about to do.
+def fit(
+    task: SeriesTask,
+    data: SeriesData,
+    out: Path,
+    resume: bool = False,
+    config: str | None = None,
+    **options,
+) -> Trainer:
+    """Train a task and leave configuration, checkpoints, logs and the model's weights in `out`.
+
+    With several processes, that of global rank 0 alone writes.
+
+    Args:
+        task, data: what to train, on what.
+        out: the run's folder. A new run takes an empty one, or one of a run that stopped before
+            its first checkpoint, which it replaces.
+        resume: go on from the last checkpoint in `out`.
+        config: what config.yaml is to hold; there is none if None.
+        options: of `lightning.Trainer`, as max_epochs, precision, accelerator.
+
+    Returns:
+        The trainer. `out` then holds model.safetensors and task.json (see `save_model`),
+        best.safetensors where `data` has a validation part, logs/metrics.csv, TensorBoard's
+        events, checkpoints/last.ckpt to resume from, environment.json, and splits.json: what it
+        learned from and watched, with the hashes of published splits. A resumed run writes
+        config_2.yaml, environment_2.json, splits_2.json and logs_2 beside those of the first.
 
     Raises:
-        ValueError: the folder holds a run already, or none to resume.
+        ValueError: the folder holds a run already, or none to resume, or one of another model.
+        KeyboardInterrupt: the run was stopped.
     """
-    if resume and not (out / LAST).is_file():
+    suffix = _suffix(out) if resume else ""
+    folder = out / "checkpoints"
+    keep = {"enable_version_counter": False}
+    callbacks = [
+        ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, **keep),
+        LearningRateMonitor("step"),
+        TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 20),
+    ]
+    if data.val is None:
+        options |= {"limit_val_batches": 0}
+    else:
+        callbacks.append(ModelCheckpoint(folder, filename="best", monitor="val/loss", **keep))
+    trainer = Trainer(
+        **options,
+        default_root_dir=out,
+        logger=[
+            CSVLogger(out, name="", version=f"logs{suffix}"),  # it would empty an old one
+            TensorBoardLogger(out, name="", version="logs"),
+        ],
+        callbacks=callbacks,
+    )
+    if resume:
+        _check_resumable(task, out)
+    if trainer.is_global_zero:
+        if not resume:
+            _clear(out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / f"environment{suffix}.json", environment(data.seed))
+        write_json(out / f"splits{suffix}.json", data.splits())
+        if config is not None:
+            write_text(out / f"config{suffix}.yaml", config)
+    checkpoint = out / LAST if resume else None
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:  # so Lightning ends where the user, or the system, stops it
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    if trainer.is_global_zero:
+        save_model(task, out)
+    return trainer
+
+
+def _clear(out: Path) -> None:
+    """Make way for a new run; ValueError where anything else than a mere start lies there."""
+    if not out.is_dir():
+        return
+    names = {path.name for path in out.iterdir()}
+    started = "environment.json" in names and names <= STARTED
+    if names and not (started and not list(out.glob("checkpoints/*.ckpt"))):
+        remedy = ", or pass --resume true" if (out / LAST).is_file() else ""
+        raise ValueError(f"out: {out} is not empty; name another folder{remedy}")
+    shutil.rmtree(out / "logs", ignore_errors=True)
+
+
+def _suffix(out: Path) -> str:
+    """_2, _3, ...: of the files of a resumed run, after those of the runs before it."""
+    return f"_{1 + len(list(out.glob('environment*.json')))}"
+
+
+def _check_resumable(task: SeriesTask, out: Path) -> None:
+    """ValueError unless `out` holds a checkpoint of just this task's tensors."""
+    if not (out / LAST).is_file():
         raise ValueError(f"resume: {out / LAST} does not exist; start without --resume")
-    if not resume and out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"out: {out} is not empty; name another folder, or pass --resume true")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / CONFIG, config)
-    write_json(out / "environment.json", environment(seed))
+    held, own = read_checkpoint(out / LAST)["state_dict"], task.state_dict()
+    shapes = [{name: x.shape for name, x in state.items()} for state in (held, own)]
+    if differing := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise ValueError(
+            f"resume: {out / LAST} is of another model, by {', '.join(differing[:3])}{more}; give "
+            f"the task.* options of {out / 'config.yaml'}"
+        )
 
 
 def environment(seed: int) -> dict:
@@ -55,58 +150,16 @@ def environment(seed: int) -> dict:
     }
 
 
-def fit(task: SeriesTask, data: SeriesData, out: Path, resume: bool = False, **options) -> Trainer:
-    """Train a task and leave checkpoints, logs and the model's weights in `out`.
-
-    Args:
-        task, data: what to train, on what.
-        out: the run's folder; see `open_run`.
-        resume: go on from the last checkpoint in `out`.
-        options: of `lightning.Trainer`, as max_epochs, precision, accelerator.
-
-    Returns:
-        The trainer. `out` then holds model.safetensors and task.json (see `save_model`),
-        logs/metrics.csv, TensorBoard's events, checkpoints/last.ckpt to resume from, and
-        splits.json: what it learned from and watched, with the hashes of published splits.
-    """
-    write_json(out / SPLITS, data.splits())
-    folder = out / "checkpoints"
-    keep = {"enable_version_counter": False}
-    callbacks = [
-        ModelCheckpoint(folder, filename="last", **keep),
-        LearningRateMonitor("step"),
-        TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 20),
-    ]
-    if data.val is None:
-        options |= {"limit_val_batches": 0}
-    else:
-        callbacks.append(ModelCheckpoint(folder, filename="best", monitor="val/loss", **keep))
-    trainer = Trainer(
-        **options,
-        default_root_dir=out,
-        logger=[
-            CSVLogger(out, name="", version=_unused(out, "logs")),  # it would empty an old one
-            TensorBoardLogger(out, name="", version="logs"),
-        ],
-        callbacks=callbacks,
-    )
-    checkpoint = out / LAST if resume else None
-    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    save_model(task, out)
-    return trainer
-
-
-def _unused(out: Path, name: str) -> str:
-    """`name`, or name_2, name_3, ... where a resumed run has used it."""
-    number = 1 + len(list(out.glob(f"{name}*")))
-    return name if number == 1 else f"{name}_{number}"
-
-
 def save_model(task: SeriesTask, out: Path) -> None:
-    """Write model.safetensors and task.json: all that evaluation and prediction need."""
+    """Write model.safetensors and task.json: all that evaluation and prediction need.
+
+    best.safetensors is written too where checkpoints/best.ckpt tells its weights.
+    """
     save_checkpoint(task.model, out / MODEL)
+    if (out / BEST_STATE).is_file():
+        best = copy.deepcopy(task.model)
+        load_checkpoint(best, out / BEST_STATE)
+        save_checkpoint(best, out / BEST)
     write_json(out / TASK, task.description())
 
 

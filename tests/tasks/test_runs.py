@@ -1,0 +1,145 @@
+"""The folder of a run: started, stopped, resumed, and what it holds at the end."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tasks.test_tasks import SMALL, segmentation
+from timo import load_checkpoint
+from timo.data import DataError, SimulatedSeries
+from timo.tasks import SegmentationTask, SeriesData, load_task
+from timo.tasks.runs import fit
+
+QUIET = {
+    "accelerator": "cpu", "enable_model_summary": False, "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+}  # fmt: skip
+
+
+class Scenes(SimulatedSeries):
+    """Two small series of two bands."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__(2, bands=("B03", "B04"), size=32, dates=2, target="land_cover", seed=seed)
+
+
+def data(watched: bool = False) -> SeriesData:
+    return SeriesData(Scenes(), val=Scenes(seed=1) if watched else None, batch_size=2)
+
+
+def task(**options) -> SegmentationTask:
+    torch.manual_seed(0)
+    task = segmentation(**{"classes": Scenes().classes, "learning_rate": 1e-3} | options)
+    task.bands = ("B03", "B04")
+    return task
+
+
+def content(folder) -> dict:
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def interrupted():
+    """A task that Ctrl-C stops at its first step; Lightning then ignores the signal."""
+    stopped, handler = task(), signal.getsignal(signal.SIGINT)
+
+    def training_step(*_):
+        raise KeyboardInterrupt
+
+    stopped.training_step = training_step
+    yield stopped
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_a_run_without_a_checkpoint_is_replaced(tmp_path, interrupted):
+    with pytest.raises(KeyboardInterrupt):
+        fit(interrupted, data(), tmp_path, config="first", max_epochs=1, **QUIET)
+    assert (tmp_path / "config.yaml").read_text() == "first"
+    with pytest.raises(ValueError, match="resume: .*last.ckpt does not exist; start without"):
+        fit(task(), data(), tmp_path, resume=True, **QUIET)
+    (tmp_path / "logs" / "stale").touch()
+    note = tmp_path / "note.txt"
+    note.touch()
+    with pytest.raises(ValueError, match=f"out: {tmp_path} is not empty; name another folder$"):
+        fit(task(), data(), tmp_path, **QUIET)
+    note.unlink()
+    fit(task(), data(), tmp_path, config="second", max_epochs=1, **QUIET)
+    names = {
+        "config.yaml", "environment.json", "splits.json", "task.json", "model.safetensors",
+        "logs", "checkpoints",
+    }  # fmt: skip
+    assert {p.name for p in tmp_path.iterdir()} == names
+    assert (tmp_path / "config.yaml").read_text() == "second"
+    assert not (tmp_path / "logs" / "stale").exists()
+    before = content(tmp_path)
+    with pytest.raises(ValueError, match="not empty; name another folder, or pass --resume true"):
+        fit(task(), data(), tmp_path, **QUIET)
+    assert content(tmp_path) == before
+
+
+def test_a_resumed_run_leaves_the_record_of_the_first(tmp_path):
+    fit(task(), data(), tmp_path, config="first", max_epochs=1, **QUIET)
+    before = content(tmp_path)
+    wider = SMALL | {"embed_dims": [16, 16, 16, 16]}
+    weighted = [1.0] * len(Scenes().classes)
+    others = {"model.": task(model_options=wider), "class_weights": task(class_weights=weighted)}
+    for first, other in others.items():
+        with pytest.raises(ValueError, match=f"of another model, by {first}.*task.* options of"):
+            fit(other, data(), tmp_path, True, config="wrong", max_epochs=2, **QUIET)
+        assert content(tmp_path) == before
+    for number in (2, 3):
+        fit(task(), data(), tmp_path, True, config=f"run {number}", max_epochs=number, **QUIET)
+        assert (tmp_path / f"config_{number}.yaml").read_text() == f"run {number}"
+        assert json.loads((tmp_path / f"environment_{number}.json").read_text())["seed"] == 0
+        assert (tmp_path / f"splits_{number}.json").is_file()
+        assert "train/loss" in (tmp_path / f"logs_{number}" / "metrics.csv").read_text()
+    after = content(tmp_path)
+    records = "config.yaml", "environment.json", "splits.json", "logs/metrics.csv"
+    assert all(after[Path(name)] == before[Path(name)] for name in records)
+
+
+@pytest.mark.parametrize("epochs, watched_every", [(3, 2), (1, 5)])
+def test_the_last_checkpoint_is_of_the_last_epoch(tmp_path, epochs, watched_every):
+    options = {"max_epochs": epochs, "check_val_every_n_epoch": watched_every}
+    fit(task(), data(watched=True), tmp_path, **options, **QUIET)
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["epoch"] == epochs - 1
+    assert (tmp_path / "best.safetensors").is_file() == (watched_every <= epochs)
+
+
+def test_the_best_weights_are_kept_for_use(tmp_path):
+    trained = task()
+    fit(trained, data(watched=True), tmp_path, max_epochs=3, check_val_every_n_epoch=2, **QUIET)
+    state = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    best, last = (load_file(tmp_path / f"{n}.safetensors") for n in ("best", "model"))
+    assert all(torch.equal(x, state[f"model.{name}"]) for name, x in best.items())
+    assert any(not torch.equal(x, last[name]) for name, x in best.items())
+    held = trained.model.state_dict()
+    assert all(torch.equal(x, held[name]) for name, x in last.items())
+
+    for path, expected in (("best", best), ("last", last)):
+        report = load_checkpoint(trained.model, tmp_path / "checkpoints" / f"{path}.ckpt")
+        assert report.mapped.keys() == expected.keys() and not report.left_out
+        assert all(torch.equal(x, expected[k]) for k, x in trained.model.state_dict().items())
+    for chosen, expected in ((True, best), (False, last)):
+        read = load_task(tmp_path, Scenes(), best=chosen).model.state_dict()
+        assert all(torch.equal(x, expected[name]) for name, x in read.items())
+    (tmp_path / "best.safetensors").unlink()
+    with pytest.raises(DataError, match="best.safetensors: does not exist.* --best"):
+        load_task(tmp_path, Scenes(), best=True)
+
+
+def test_a_run_without_an_end_has_a_constant_rate(tmp_path):
+    def endless(**options):
+        endless = task(**options)
+        endless.on_train_epoch_end = lambda: setattr(endless.trainer, "should_stop", True)
+        return fit(endless, data(), tmp_path, max_epochs=-1, max_time="01:00:00:00", **QUIET)
+
+    for options in ({"schedule": "cosine"}, {"warmup": 0.1}):
+        with pytest.raises(ValueError, match="neither max_epochs nor max_steps .* constant"):
+            endless(**options)
+    assert endless().optimizers[0].param_groups[0]["lr"] == 1e-3
