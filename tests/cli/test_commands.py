@@ -1,6 +1,8 @@
 """The commands as a user runs them, on small rasters written without the library."""
 
 import json
+import re
+import shlex
 
 import numpy as np
 import pytest
@@ -244,6 +246,49 @@ def test_info(capsys):
     said = capsys.readouterr().out
     assert "temporal_median" in said and "torch" in said
     assert run() == 2 and run("--help") == 0
+
+
+def documented(path) -> list[list[str]]:
+    """The words of every timo command that a file shows."""
+    text = path.read_text().replace("\\\n#", " ").replace("\\\n", " ")
+    lines = re.findall(
+        r"^(?:# )?timo ((?:data |pretrain |finetune |evaluate |predict ).*)", text, re.M
+    )
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+# What makes a documented command quick, and nothing else.
+QUICK = {
+    "pretrain": ["--data.train.tile", "32", "--task.model", "timo_tiny",
+                 "--task.model_options", DECODER, "--trainer.max_steps", "1", *QUIET],
+    "finetune": ["--data.train.tile", "32", "--data.val.tile", "32", "--task.model", "timo_tiny",
+                 "--task.model_options", SMALL, "--trainer.max_steps", "1", *QUIET],
+    "evaluate": ["--accelerator", "cpu"], "predict": ["--accelerator", "cpu"], "data": [],
+}  # fmt: skip
+
+
+def test_documented_commands_run(tmp_path, monkeypatch, capsys):
+    """Those of README.md, and those that the configurations name, on rasters as they ask for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    pixels = frames(3, bands=2, height=40, width=48, dtype="uint8")
+    write_rasters(tmp_path / "series", ["20200114", "20200301_L8", "2020-04-02"], pixels)
+    write_tif(tmp_path / "series" / "mask.tif", (pixels[0, 0] > 100).astype("uint8"))
+    shown = [documented(REPOSITORY / "README.md")] + [
+        documented(REPOSITORY / "configs" / f"{name}_rasters.yaml")
+        for name in ("pretrain", "finetune")
+    ]
+    road = "data pretrain finetune evaluate predict"
+    assert " ".join(words[0] for words in shown[0]) == road
+    assert [words[0] for (words,) in shown[1:]] == ["pretrain", "finetune"]
+    for number, commands in enumerate(shown):
+        for words in commands:
+            extra = ["--data.workers", "0"] if words[0] in ("pretrain", "finetune") else []
+            extra += ["--out", f"runs/{number}"] if number else []
+            assert run(*words, *QUICK[words[0]], *extra) == 0, (words, capsys.readouterr().err)
+        if number == 0:
+            (tmp_path / "series").rename(tmp_path / "FOLDER")
+    assert (tmp_path / "check.html").is_file() and (tmp_path / "maps" / "series.tif").is_file()
 
 
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("configs/*.yaml")), ids=lambda p: p.stem)
