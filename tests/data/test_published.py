@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.data.corpora import DATES, scene, write_published_layout
+from timo.cli.build import build_pretraining
 from timo.data import DataError, PublishedCorpus, StoreSeries, open_series, validate_sample
 from timo.data.building import SeriesSource, build_store
 from timo.data.published import write_published
@@ -64,8 +65,41 @@ def test_written_and_read_again(layout, tmp_path):
         assert all(torch.equal(a[key], b[key]) for key in ("image", "dates", "valid"))
     header, row, *_ = (tmp_path / "out/dates.csv").read_text().splitlines()
     assert header == "loc,t1,t2,t3,t4,t5,t6,t7,t8,t9,t10" and row.startswith("000000,20160105,")
-    with pytest.raises(DataError, match="is not an empty folder"):
-        write_published(StoreSeries(tmp_path / "store"), tmp_path / "out")
+
+
+def test_what_is_written_stays(layout, tmp_path, monkeypatch):
+    build_store(SeriesSource(PublishedCorpus(layout)), tmp_path / "store")
+    store, out = StoreSeries(tmp_path / "store"), tmp_path / "deep" / "out"
+
+    def fail(path, array):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(np, "save", fail)
+        write_published(store, out)
+    assert list(out.parent.iterdir()) == []
+    killed = out.parent / ".out.partial"  # what is left after a power cut
+    killed.mkdir()
+    (killed / "000007.npy").touch()
+    write_published(store, out)
+    assert list(out.parent.iterdir()) == [out] and len(list(out.iterdir())) == 4
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    write_published(store, out)
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    (out / "000002.npy").unlink()
+    with pytest.raises(DataError, match="out: exists and is not an empty folder"):
+        write_published(store, out)
+    build_store(SeriesSource(PublishedCorpus(layout)), tmp_path / "fewer", dates=9)
+    with pytest.raises(DataError, match="in: exists and is not an empty folder"):
+        write_published(StoreSeries(tmp_path / "fewer"), layout)
+
+
+def test_the_same_command_again(layout, tmp_path, capsys):
+    arguments = ["--source", "published", "--root", str(layout), "--out", str(tmp_path / "store")]
+    arguments += ["--published", str(tmp_path / "out"), "--size", "24", "--workers", "0"]
+    for _ in range(2):
+        assert build_pretraining(arguments) == 0
+        assert f"the published layout is {tmp_path / 'out'}" in capsys.readouterr().out
 
 
 def rewrite(table, old, new):

@@ -19,6 +19,7 @@ These integers stay raw so that a batch travels small; models apply scale and of
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -223,6 +224,28 @@ def atomic_output(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Folder to fill in place of `folder`; it becomes `folder` only if the block ends well.
+
+    What a killed process left is removed by the next one. Raises DataError where `folder` is there
+    and not an empty folder, or its parent does not exist.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder}: exists and is not an empty folder; remove it or name another")
+    if not folder.parent.is_dir():
+        raise DataError(f"{folder}: its parent does not exist; create {folder.parent} first")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def with_progress(items: list, what: str, patience: float = 2.0) -> Iterator:

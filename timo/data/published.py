@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from timo.data.contract import DataError, atomic_output, with_progress
+from timo.data.contract import DataError, atomic_folder, with_progress
 from timo.data.dates import leading_date, parse_date, to_days
 from timo.data.locations import Location, LocationSeries, location_dtype
 from timo.data.numpy_series import load_array
 from timo.data.store import StoreSeries
 
+_TABLE = "dates.csv"
 _MOST_MAPS = 512  # memory-mapped files a process holds at a time
 
 
@@ -132,25 +133,35 @@ def find_csv(path: Path) -> Path:
 
 
 def write_published(store: StoreSeries, folder: Path) -> None:
-    """Write a store in the published layout; the CSV appears last.
+    """Write a store in the published layout; the folder appears when it is whole.
 
-    Locations are numbered in the order of the store. Raises DataError where `folder` is not empty.
+    Locations are numbered in the order of the store. A folder with the locations and dates of the
+    store stays as it is. Raises DataError where `folder` holds anything else.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder}: exists and is not an empty folder; remove it or name another")
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for index in with_progress(list(range(len(store))), "writing arrays"):
-        located = store.location(index)
-        with atomic_output(folder / f"{index:06d}.npy") as partial:
-            np.save(partial, located.pixels)
-        days = located.days.astype("datetime64[D]")
-        rows.append([f"{index:06d}", *(str(day).replace("-", "") for day in days)])
-    with atomic_output(folder / "dates.csv") as partial:
-        with open(partial, "w", newline="", encoding="utf-8") as file:
+    _, days, _ = store.described(range(len(store)))
+    rows = [
+        (f"{index:06d}", [str(day).replace("-", "") for day in dates])
+        for index, dates in enumerate(days.astype("datetime64[D]"))
+    ]
+    if _holds(folder, rows):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(folder) as partial:
+        for index in with_progress(list(range(len(store))), "writing arrays"):
+            np.save(partial / f"{index:06d}.npy", store.pixels(index))
+        with open(partial / _TABLE, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["loc", *(f"t{i + 1}" for i in range(store.shape[0]))])
-            writer.writerows(rows)
+            writer.writerows((name, *dates) for name, dates in rows)
+
+
+def _holds(folder: Path, rows: list[tuple[str, list[str]]]) -> bool:
+    """Whether `folder` holds the layout with these rows and an array for each."""
+    try:
+        written = _rows(folder / _TABLE)
+    except DataError:
+        return False
+    return written == rows and all((folder / f"{name}.npy").is_file() for name, _ in rows)
 
 
 def _rows(table: Path) -> list[tuple[str, list[str]]]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from timo.data.contract import IGNORE_INDEX, DataError
+from timo.data.contract import IGNORE_INDEX, atomic_folder, with_progress
 from timo.data.simulate.dataset import SimulatedSeries
 
 
@@ -36,13 +34,8 @@ def write_series(
         raise ValueError(
             f"count must lie in 1 ... {len(dataset)}, the length of the dataset, got {count!r}"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder}: exists and is not an empty folder; remove it or name another")
-    if not folder.parent.is_dir():
-        raise DataError(f"{folder}: its parent does not exist; create {folder.parent} first")
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial", dir=folder.parent))
-    try:
-        for index in _progress(count):
+    with atomic_folder(folder) as partial:
+        for index in with_progress(list(range(count)), "writing series"):
             _write_sample(dataset[index], partial)
         config = {
             "bands": list(dataset.bands),
@@ -55,10 +48,6 @@ def write_series(
             "simulation": dataset.arguments,
         }
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        partial.chmod(0o755)  # mkdtemp makes folders private
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -71,12 +60,3 @@ def _write_sample(sample: dict, parent: Path) -> None:
     (folder / "dates.json").write_text(json.dumps([str(day) for day in days]) + "\n")
     if "mask" in sample:
         np.save(folder / "mask.npy", sample["mask"].numpy().astype(np.uint8))
-
-
-def _progress(count: int):
-    """`range(count)`, with a progress bar where rich is installed."""
-    try:
-        from rich.progress import track
-    except ImportError:
-        return range(count)
-    return track(range(count), description="writing series")
