@@ -102,6 +102,12 @@ def test_writer(tmp_path, dtype):
         assert file.compression.name == "deflate" and file.block_shapes[0] == (256, 256)
 
 
+@pytest.mark.filterwarnings("error")
+def test_pixels_without_georeference_are_written_without_a_warning(tmp_path):
+    with GeoTiffWriter(tmp_path / "out.tif", (1, 20, 20), "uint8") as file:
+        file.write(np.ones((20, 20), "uint8"), 0)
+
+
 def test_writer_leaves_the_old_file_after_an_exception(tmp_path):
     path = tmp_path / "out.tif"
     path.write_bytes(b"old")

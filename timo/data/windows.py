@@ -149,7 +149,9 @@ class GeoTiffWriter:
         with ExitStack() as stack:
             partial = stack.enter_context(atomic_output(self.path))
             stack.enter_context(_read_back(partial, self.path))
-            self._file = stack.enter_context(rasterio.open(partial, "w", **self.profile))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+                self._file = stack.enter_context(rasterio.open(partial, "w", **self.profile))
             self._stack = stack.pop_all()
         for number, text in enumerate(self.descriptions or (), 1):
             self._file.set_band_description(number, text)
