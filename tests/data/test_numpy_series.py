@@ -70,6 +70,13 @@ def test_select_tiles_and_nan(tmp_path):
     assert without[0]["valid"].all() and without.nonfinite(0).sum() == 0
 
 
+@pytest.mark.parametrize("path", [".", "series.npy", "../here/series.npy"])
+def test_names_of_paths_seen_from_within(tmp_path, monkeypatch, path):
+    write_numpy(tmp_path / "here", frames(4), DATES)
+    monkeypatch.chdir(tmp_path / "here")
+    assert NumpySeries(path)[0]["name"] == "here"
+
+
 @pytest.mark.parametrize("dtype", [">u2", ">i2", ">f4", "<u2"])
 def test_orders_of_bytes(tmp_path, dtype):
     pixels = frames(4)

@@ -439,6 +439,16 @@ def test_open_series(tmp_path):
         open_series(tmp_path)
 
 
+@pytest.mark.parametrize("path", [".", "../here", "sub/.."])
+def test_names_of_paths_seen_from_within(tmp_path, monkeypatch, path):
+    write_rasters(tmp_path / "here", ["2001"], frames(1))
+    (tmp_path / "here" / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert RasterSeries(path)[0]["name"] == "here"
+    (tmp_path / "link").symlink_to("here")
+    assert RasterSeries(tmp_path / "link")[0]["name"] == "link"
+
+
 @pytest.mark.parametrize("suffix", [".TIF", ".tiff", ".Tiff"])
 def test_open_series_in_every_spelling(tmp_path, suffix):
     (path,) = write_rasters(tmp_path / "a", ["2001"], frames(1))

@@ -1,5 +1,6 @@
 """NumPy arrays with a list of dates as a dataset."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -155,7 +156,8 @@ class _Source:
                     )
 
     def series(self) -> Series:
-        name = self.path.parent.name if self.path.name == "series.npy" else self.path.stem
+        path = Path(os.path.abspath(self.path))  # of "." too, but through no link
+        name = path.parent.name if path.name == "series.npy" else path.stem
         return Series(name, to_days(self.dates), *self.size)
 
     def _layout(self, shape: tuple[int, ...], layout: str, bands: Sequence[str] | None) -> str:

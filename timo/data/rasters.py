@@ -1,5 +1,6 @@
 """A folder of dated rasters as a dataset."""
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -75,7 +76,10 @@ class RasterSeries(WindowedSeries):
         self._positions = select_bands(held, select)
         super().__init__(
             [
-                Series(folder.name, to_days(files.dates), h.height, h.width, h.crs, h.transform)
+                Series(
+                    Path(os.path.abspath(folder)).name, to_days(files.dates),
+                    h.height, h.width, h.crs, h.transform,
+                )
                 for folder, files, h in zip(folders, self._files, headers)
             ],
             tile, stride, region, min_valid, labels, ignore_label, cache,
