@@ -103,7 +103,7 @@ def laid_out(x: Tensor, g: torch.Generator) -> Tensor:
 
     What lies between them in memory is NaN.
     """
-    layout = draw(g, 0, 4)
+    layout = draw(g, 0, 5)
     if layout == 0:
         return x.clone(memory_format=torch.contiguous_format)
     if layout == 1:  # one of three of a joint projection
@@ -113,8 +113,10 @@ def laid_out(x: Tensor, g: torch.Generator) -> Tensor:
     elif layout == 3:  # rows of more channels
         near = torch.full((*x.shape[:-1], x.shape[-1] + 5), torch.nan, dtype=x.dtype)
         near = near[..., 3 : 3 + x.shape[-1]]
-    else:  # channels not side by side
+    elif layout == 4:  # channels not side by side
         near = torch.full(x.transpose(-1, -2).shape, torch.nan, dtype=x.dtype).transpose(-1, -2)
+    else:  # dates, or of medians positions, side by side: a format that torch calls channels last
+        near = torch.full(x.movedim(1, -1).shape, torch.nan, dtype=x.dtype).movedim(-1, 1)
     return near.copy_(x)
 
 

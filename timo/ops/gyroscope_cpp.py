@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from timo.ops import dispatch
+from timo.ops.compiled import launch
 
 
 def forward(
@@ -32,7 +33,7 @@ def forward(
     lse = torch.empty((B, T, N, H), dtype=torch.float32)
     spatial_lse = torch.empty((B, N, H), dtype=torch.float32)
     views = [*_views(*inputs, gate), _dated(out), _dated(lse), _dateless(spatial_lse)]
-    dispatch.compiled().gyroscope_attention_cpu(views, *_sizes(inputs[0], gate, valid, scale))
+    launch("gyroscope_attention", q.device, views, *_sizes(inputs[0], gate, valid, scale))
     return out[..., :D].contiguous(), lse, spatial_lse
 
 
@@ -58,14 +59,14 @@ def backward(
     views = [*_views(*inputs, gate), _dated(out), _dated(lse), _dateless(spatial_lse)]
     views += [_dated(grad), *_views(*results)]
     sizes = _sizes(inputs[0], gate, valid, scale)
-    dispatch.compiled().gyroscope_attention_backward_cpu(views, *sizes)
+    launch("gyroscope_attention_backward", q.device, views, *sizes)
     return *(x[..., :D].contiguous() for x in results[:5]), results[5]
 
 
 def _dense(x: Tensor) -> Tensor:
     """Channels side by side, and zeros after them up to a multiple of 8."""
     if x.shape[-1] % 8:
-        return pad(x, (0, -x.shape[-1] % 8))
+        x = pad(x, (0, -x.shape[-1] % 8))  # may keep its format, as channels last
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
