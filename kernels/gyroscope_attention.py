@@ -103,7 +103,8 @@ def backward(
             *map(Tensor.stride, (
                 grad, q, k, v, gate, usable, out, lse, spatial_lse, dgate, delta
             )),
-            H, T, N, float(scale), VALIDITY=kind, MOST=most(q.dtype), D=D, **tile,
+            H, T, N, float(scale), VALIDITY=kind, MOST=most(q.dtype),
+            LARGEST=torch.finfo(q.dtype).max, D=D, **tile,
         )  # fmt: skip
         temporal_key_kernel[temporal](
             grad, q, k, v, usable, lse, delta, dk, dv,
@@ -225,7 +226,7 @@ def most(dtype: torch.dtype) -> float:
     """Weight of a date's own keys relative to the shared maximum at which it needs its own.
 
     Its inverse must leave room for the smaller weights of that date: bfloat16 and float32 reach
-    2^-126, float16 2^-24. And do' is up to so many times the gradient, which float16 must hold.
+    2^-126, float16 2^-24.
     """
     return 2.0**6 if dtype == torch.float16 else 2.0**60
 

@@ -39,15 +39,16 @@ def temporal_query_kernel(
     p_dq, p_dgate, p_scaled, p_delta, p_share, p_own,
     do_s, q_s, k_s, v_s, gate_s, valid_s, out_s, lse_s, spatial_s, dgate_s, delta_s,
     H, T, N, scale,
-    VALIDITY: tl.constexpr, MOST: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    VALIDITY: tl.constexpr, MOST: tl.constexpr, LARGEST: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr,
     BP: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
 ):  # fmt: skip
     """One program: BP positions, TQ query dates, loop over key dates, TK at a time as forward.
 
     dq and scaled (do') have the strides of out; delta, share (c * delta) and own those of delta.
     With validity by position, rows whose c exceeds MOST (a date without the keys that hold the
-    greatest energies) get c = 0 here and a finite reference in own: lse - gate. There the second
-    launches of the spatial kernels start from.
+    greatest energies), or whose do' its dtype would not hold (LARGEST), get c = 0 here and a finite
+    reference in own: lse - gate. There the second launches of the spatial kernels start from.
     """
     block, tile, b, h = place(tl.cdiv(N, BP), tl.cdiv(T, TQ), H)
     n = block * BP + tl.arange(0, BP)
@@ -85,7 +86,7 @@ def temporal_query_kernel(
     o_delta, _ = date_rows(n, t, delta_s[1], delta_s[2], T, N)
     o_delta += b * delta_s[0] + h * delta_s[3]
     if VALIDITY == BY_POSITION:
-        far = share > MOST
+        far = (share > MOST) | (tl.max(tl.abs(do.to(tl.float32)), 2) * share > LARGEST)
         share = tl.where(far, 0.0, share)
         tl.store(p_own + o_delta, tl.where(far, lse - gate, float("inf")), mask=inside)
     tl.store(p_delta + o_delta, delta, mask=inside)

@@ -41,10 +41,7 @@ def spatial_key_kernel(
     not touched. p_any (B, T, H): whether a date has rows for the second launch.
     """
     tiles = tl.cdiv(T, TT)
-    if OWN:
-        block, tile, b, h = place(tl.cdiv(N, BN), 1, H)
-    else:
-        block, tile, b, h = place(tl.cdiv(N, BN), tiles, H)
+    block, tile, b, h = place(tl.cdiv(N, BN), 1 if OWN else tiles, H)
     first = (block * BN).to(tl.int64)
     keys = block * BN + tl.arange(0, BN)
     d = tl.arange(0, DP)
@@ -61,22 +58,17 @@ def spatial_key_kernel(
     o = (tl.arange(0, BN) * km_s[1])[:, None] + d[None, :]
     k = tl.load(p_km + o, mask=m, other=0.0)
     dk = tl.zeros([BN, DP], tl.float32)
-    if OWN:
-        t = tile.to(tl.int64)  # 0, in 64 bits
-        for _ in range(T):
-            end = N * tl.load(p_any + b * any_s[0] + t * any_s[1] + h * any_s[2]).to(tl.int32)
-            dk = key_tile(
-                dk, k, t, end, block, p_qm, p_v, p_do, p_valid, p_columns, p_reference, p_delta,
-                p_dv, qm_s, v_s, do_s, valid_s, reference_s, delta_s, dv_s, T, N, scale,
-                VALIDITY, OWN, DK, PRECISION, D, DP, BM, BN, WIDTHS, TT, TV,
-            )  # fmt: skip
-            t += 1
-    else:
+    t = tile.to(tl.int64)
+    for _ in range(T if OWN else 1):
+        end = N
+        if OWN:
+            end *= tl.load(p_any + b * any_s[0] + t * any_s[1] + h * any_s[2]).to(tl.int32)
         dk = key_tile(
-            dk, k, tile.to(tl.int64), N, block, p_qm, p_v, p_do, p_valid, p_columns, p_reference,
-            p_delta, p_dv, qm_s, v_s, do_s, valid_s, reference_s, delta_s, dv_s, T, N, scale,
+            dk, k, t, end, block, p_qm, p_v, p_do, p_valid, p_columns, p_reference, p_delta,
+            p_dv, qm_s, v_s, do_s, valid_s, reference_s, delta_s, dv_s, T, N, scale,
             VALIDITY, OWN, DK, PRECISION, D, DP, BM, BN, WIDTHS, TT, TV,
         )  # fmt: skip
+        t += 1
     if DK:
         p_dk += tile.to(tl.int64) * dk_s[0] + b * dk_s[1] + h * dk_s[3] + first * dk_s[2]
         p_dk += (tl.arange(0, BN) * dk_s[2])[:, None] + d[None, :]
@@ -219,10 +211,7 @@ def spatial_query_kernel(
     launch.
     """
     tiles = tl.cdiv(T, TT)
-    if OWN:
-        block, tile, b, h = place(tl.cdiv(N, BM), 1, H)
-    else:
-        block, tile, b, h = place(tl.cdiv(N, BM), tiles, H)
+    block, tile, b, h = place(tl.cdiv(N, BM), 1 if OWN else tiles, H)
     first = (block * BM).to(tl.int64)
     rows = block * BM + tl.arange(0, BM)
     d = tl.arange(0, DP)
@@ -239,21 +228,14 @@ def spatial_query_kernel(
     q = tl.load(p_qm + o, mask=m, other=0.0)
     p_dk += b * dk_s[1] + h * dk_s[3]
     dq = tl.zeros([BM, DP], tl.float32)
-    if OWN:
-        t = tile.to(tl.int64)  # 0, in 64 bits
-        for _ in range(T):
-            dq = query_tile(
-                dq, q, t, block, p_km, p_v, p_do, p_columns, p_bias, p_reference, p_delta,
-                p_dk, km_s, v_s, do_s, bias_s, reference_s, delta_s, dk_s, T, N, scale,
-                VALIDITY, OWN, DK, PRECISION, D, DP, BM, BN, WIDTHS, TT, TV,
-            )  # fmt: skip
-            t += 1
-    else:
+    t = tile.to(tl.int64)
+    for _ in range(T if OWN else 1):
         dq = query_tile(
-            dq, q, tile.to(tl.int64), block, p_km, p_v, p_do, p_columns, p_bias, p_reference,
-            p_delta, p_dk, km_s, v_s, do_s, bias_s, reference_s, delta_s, dk_s, T, N, scale,
+            dq, q, t, block, p_km, p_v, p_do, p_columns, p_bias, p_reference, p_delta,
+            p_dk, km_s, v_s, do_s, bias_s, reference_s, delta_s, dk_s, T, N, scale,
             VALIDITY, OWN, DK, PRECISION, D, DP, BM, BN, WIDTHS, TT, TV,
         )  # fmt: skip
+        t += 1
     p_dq += tile.to(tl.int64) * dq_s[0] + b * dq_s[1] + h * dq_s[3] + first * dq_s[2]
     p_dq += (tl.arange(0, BM) * dq_s[2])[:, None] + d[None, :]
     dq = dq * scale

@@ -310,6 +310,8 @@ def spatial_kernel(
         )
         dates = tl.load(p_o, mask=m_o, other=0.0).to(tl.float32)
         out = acc[i] * spread(share, BM, WIDTHS[i], DP) + dates * spread(rest, BM, WIDTHS[i], DP)
+        if VALIDITY != NONE:  # a share of 0 does not cancel NaN
+            out = tl.where(spread(live, BM, WIDTHS[i], DP), out, 0.0)
         tl.debug_barrier()  # `out` and `lse` are read and overwritten; threads may hold copies
         tl.store(p_o, out.to(p_out.dtype.element_ty), mask=m_o)
         tl.store(p_lse + o, lse, mask=m)

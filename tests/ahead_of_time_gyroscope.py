@@ -100,7 +100,10 @@ def temporal_backward_cases(dtype, dates, head_dim, kind) -> list[tuple]:
         "valid_s": ANY * 3, "out_s": SERIES, "lse_s": ANY * 4, "spatial_s": ANY * 3,
         "dgate_s": ANY * 4, "delta_s": ANY * 4, **sizes,
     }  # fmt: skip
-    constants = {"VALIDITY": kind, "MOST": launches.most(DTYPES[dtype]), "D": head_dim, **tile}
+    constants = {
+        "VALIDITY": kind, "MOST": launches.most(DTYPES[dtype]),
+        "LARGEST": torch.finfo(DTYPES[dtype]).max, "D": head_dim, **tile,
+    }  # fmt: skip
     query = (
         f"gyroscope temporal queries backward {label}", backward.temporal_query_kernel,
         signature, constants, *at,

@@ -1,5 +1,6 @@
 """The Triton backend of gyroscope_attention, in the interpreter or on a GPU."""
 
+import math
 import os
 
 import pytest
@@ -134,6 +135,33 @@ def test_own_maximum_far_below_the_shared_one(dtype, small_tiles):
         gyroscope_attention, dirty[:6], valid.to(DEVICE), dirty[6], 1.0, backend="triton"
     )
     check(got, exact, plain, magnitudes(wide[:6], valid, wide[6], 1.0, dtype))
+
+
+def test_great_gradients_beside_weights_above_one(small_tiles):
+    """float16 holds neither their product nor sums of it, but the second launches need none."""
+    shape = (1, 2, 20, 1, 16)
+    inputs, _, cotangent = make(shape, "none", 3, torch.float16)
+    inputs[0].zero_()
+    inputs[3][..., 0] = 2.0
+    inputs[4][..., 0] = 0.0
+    inputs[4][:, 7, :, 0] = math.log(60 * 20) / 2  # 60 times the weight of all other keys
+    valid = torch.ones(1, 2, 20, dtype=torch.bool)
+    valid[0, 0, 7] = False
+    cotangent = fill(cotangent * 2000, spread(valid, shape), 0)
+    plain = evaluate(direct, inputs, valid, cotangent, 1.0)
+    wide = [x.double() for x in (*inputs, cotangent)]
+    exact = evaluate(direct, wide[:6], valid, wide[6], 1.0)
+    there = [x.to(DEVICE) for x in (*inputs, valid, cotangent)]
+    got = evaluate(gyroscope_attention, there[:6], there[6], there[7], 1.0, backend=BACKEND)
+    check(got, exact, plain, magnitudes(wide[:6], valid, wide[6], 1.0, torch.float16))
+
+
+def test_valid_nan_leaves_invalid_queries_alone(small_tiles):
+    inputs, valid, _ = make((1, 3, 20, 1, 16), "position", 4, torch.float32)
+    inputs[2][:, 1] = torch.nan
+    there = [x.to(DEVICE) for x in (*inputs, valid)]
+    out = gyroscope_attention(*there, backend=BACKEND).cpu()
+    assert out[valid].isnan().any() and not out[~valid].any()
 
 
 def test_energies_that_differ_by_hundreds(small_tiles):
