@@ -19,8 +19,8 @@ from triton.compiler import ASTSource
 
 from tests.ahead_of_time_gyroscope import cases as gyroscope_cases
 from tests.ahead_of_time_units import cases as unit_cases
-from tests.descriptors import disassemble, foreign_descriptors
-from timo.kernels import median_deviation, temporal_median
+from tests.descriptors import INSTRUCTION, disassemble, foreign_descriptors
+from timo.kernels import assemble_by, median_deviation, temporal_median
 
 # Shared memory a block may use, bytes (CUDA programming guide, compute capabilities).
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -93,6 +93,7 @@ def compile_one(capability, kernel, signature, constants, *launch) -> dict:
     if capability == 90:
         code = disassemble(compiled.asm["cubin"], triton.knobs.nvidia.nvdisasm.path)
         report["foreign"] = foreign_descriptors(code)
+        report["wgmma"] = sum(name.startswith("HGMMA") for name, _ in INSTRUCTION.findall(code))
     return report
 
 
@@ -112,6 +113,8 @@ def assemble(ptx: str, capability: int) -> dict:
 
 
 def main(capability: int) -> None:
+    if capability == 90:  # as where such a GPU is
+        assemble_by(triton.knobs.nvidia.ptxas_blackwell.path)
     cases = (
         *temporal_median_cases(), *median_deviation_cases(), *unit_cases(),
         *gyroscope_cases(capability),
