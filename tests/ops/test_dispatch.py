@@ -21,6 +21,43 @@ def test_explain_names_every_backend():
     assert str(choice).startswith("temporal_median: ")
 
 
+def test_explain_takes_arguments_by_name():
+    """The op's own: one that it does not know, or that is missing, is an error."""
+    frames, ids = torch.zeros(1, 2, 3, 64, 64), torch.tensor([[0, 5]])
+    calls = {
+        "temporal_median": {"x": X},
+        "median_deviation": {"q": X, "weight": X[0, 0, 0, 0]},
+        "gyroscope_attention": {
+            **dict.fromkeys("qkv", X), "q_median": X[:, 0], "k_median": X[:, 0],
+            "gate": X[..., 0], "valid": None, "scale": 0.5,
+        },
+        "gather_units": {"frames": frames, "visible_ids": ids, "scale": 0.5, "unit": 32},
+        "scatter_units": {
+            "tokens": X[0, 0, :1], "visible_ids": ids, "mask_token": torch.zeros(8),
+            "position": torch.zeros(9, 8),
+        },
+        "masked_pixel_loss": {
+            "pred": torch.zeros(1, 2, 3 * 32 * 32), "frames": frames, "masked_ids": ids,
+            "norm": "patch",
+        },
+    }  # fmt: skip
+    forward = {name for name in dispatch.OPS if not name.endswith("_backward")}
+    assert set(calls) == forward
+    for name, arguments in calls.items():
+        getattr(timo.ops, name)(**arguments)
+        assert timo.ops.explain(name, **arguments).backend in ("cpp", "reference")
+
+
+def test_a_module_that_does_not_load_says_why(monkeypatch):
+    def broken(name):
+        raise ImportError("libgomp.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(dispatch.importlib, "import_module", broken)
+    assert dispatch.load_compiled() == (
+        "timo._C does not load: libgomp.so.1: cannot open shared object file"
+    )
+
+
 def test_environment_variable_and_argument(monkeypatch):
     monkeypatch.setenv("TIMO_BACKEND", "reference")
     assert timo.ops.explain("temporal_median", X).backend == "reference"
@@ -28,6 +65,10 @@ def test_environment_variable_and_argument(monkeypatch):
         "cpp",
         "reference",
     )
+    monkeypatch.setenv("TIMO_BACKEND", "cpp, reference")
+    assert timo.ops.explain("temporal_median", X).backend in ("cpp", "reference")
+    monkeypatch.setenv("TIMO_BACKEND", "")
+    assert timo.ops.explain("temporal_median", X).backend in ("cpp", "reference")
     monkeypatch.setenv("TIMO_BACKEND", "fast")
     with pytest.raises(
         ValueError, match=r"'fast'.*TIMO_BACKEND.*reference, cpp, triton_atomic, triton, cuda"
@@ -94,3 +135,22 @@ def test_autocast_does_not_round_inside_an_op():
     plain = timo.ops.gyroscope_attention(*arguments)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(timo.ops.gyroscope_attention(*arguments), plain)
+
+
+def test_autocast_does_not_round_inside_second_derivatives():
+    x = torch.randn(1, 3, 20, 2, 16)
+
+    def second():
+        leaf = x.clone().requires_grad_()
+        median, direction = leaf[:, 0] * 0.5, leaf[0, 0, 0, 0]
+        out = timo.ops.gyroscope_attention(
+            leaf, leaf, leaf, median, median, leaf[..., 0].square()
+        ).square()
+        out = out.sum() + timo.ops.median_deviation(leaf, direction)[2].square().sum()
+        out = out + timo.ops.temporal_median(leaf)[0].square().sum()
+        (first,) = torch.autograd.grad(out, leaf, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), leaf)[0]
+
+    plain = second()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(second(), plain)

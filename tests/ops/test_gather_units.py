@@ -199,6 +199,14 @@ def test_opcheck(dtype):
     torch.library.opcheck(torch.ops.timo.gather_units_backward, args)
 
 
+def test_opcheck_of_the_reference_with_ids_by_columns():
+    """Whose strides its tiles must not take over."""
+    frames, ids, scale, offset, valid = make(CASES[2], "pixel", torch.float32, 5)
+    ids = ids.t().contiguous().t()
+    args = (frames, ids, scale, offset, valid, 8, 3, 2, torch.float32, "reference")
+    torch.library.opcheck(torch.ops.timo.gather_units, args)
+
+
 def test_compile():
     torch._dynamo.reset()
     run = torch.compile(gather_units, fullgraph=True, dynamic=True, backend="aot_eager")

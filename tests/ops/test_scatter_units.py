@@ -92,6 +92,16 @@ def test_fixed_position_gets_no_gradient():
     assert torch.equal(grad, cotangent.gather(1, ids[..., None].expand(2, 3, 2)))
 
 
+def test_position_gradient_is_summed_in_float32():
+    """Not in its own dtype, in which neither number is held."""
+    tokens, ids, mask_token, position, cotangent = make((2, 3, 6, 2), torch.float32, 5)
+    position = position.half().requires_grad_()
+    cotangent[0], cotangent[1] = 1e5, 1 - 1e5
+    out = scatter_units(tokens, ids, mask_token, position)
+    (grad,) = torch.autograd.grad(out, position, cotangent)
+    assert torch.equal(grad, torch.ones_like(position))
+
+
 def test_opcheck():
     tokens, ids, mask_token, position, cotangent = make((2, 3, 6, 4), torch.float32, 6)
     leaves = [x.requires_grad_() for x in (mask_token, position)]

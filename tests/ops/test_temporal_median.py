@@ -135,6 +135,10 @@ def test_registration():
         torch.ops.timo.temporal_median_backward.default,
         (values.clone().requires_grad_(), indices, 3, "auto"),
     )
+    values, indices = (y.transpose(1, 2).contiguous().transpose(1, 2) for y in (values, indices))
+    torch.library.opcheck(
+        torch.ops.timo.temporal_median_backward.default, (values, indices, 3, "reference")
+    )
 
 
 def test_compiles_whole_and_dynamic():

@@ -5,8 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+FLOATS = (*HALF_AND_SINGLE, torch.float64)
 RAW = (torch.uint8, torch.uint16, *FLOATS)
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    """Of sums and statistics over numbers of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:

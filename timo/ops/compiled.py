@@ -9,6 +9,7 @@ from timo.ops import dispatch
 def launch(name: str, device: torch.device, *args) -> None:
     """Run `<name>_cpu`, or `<name>_cuda` on the current stream of `device`."""
     if device.type == "cpu":
+        torch.get_num_threads()  # of which this thread may know only once PyTorch was asked
         getattr(dispatch.compiled(), f"{name}_cpu")(*args)
         return
     with torch.cuda.device(device):

@@ -4,6 +4,7 @@ Every op file states one `Backend` record per implementation. The record alone d
 looks at device, dtype and sizes of the arguments, never tries a kernel to see if it raises.
 """
 
+import importlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor
 
 REFERENCE, CPP, TRITON, CUDA = "reference", "cpp", "triton", "cuda"
 TRITON_ATOMIC = "triton_atomic"  # Triton kernels that add up some gradient in any order
+ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")  # where PyTorch alone runs
 BACKENDS = (CUDA, TRITON, TRITON_ATOMIC, CPP, REFERENCE)  # order of preference under "auto"
 
 
@@ -124,8 +126,8 @@ class Op:
         "auto", TIMO_BACKEND may name them.
         """
         if wanted == "auto":
-            wanted = os.environ.get("TIMO_BACKEND", "auto")
-        names = BACKENDS if wanted == "auto" else tuple(wanted.split(","))
+            wanted = os.environ.get("TIMO_BACKEND") or "auto"
+        names = BACKENDS if wanted == "auto" else tuple(map(str.strip, wanted.split(",")))
         if unknown := set(names) - set(BACKENDS):
             raise ValueError(
                 f"backend is {wanted!r} (argument or TIMO_BACKEND), {sorted(unknown)} is unknown; "
@@ -198,9 +200,9 @@ def assume_constant_result(function):
 @cache
 def unavailable(backend: str) -> str | None:
     """Why a backend is missing from this installation; None if it is there."""
-    if backend == CPP and compiled() is None:
-        return "timo._C is not built"
-    if backend == CUDA and (compiled() is None or not compiled().has_cuda):
+    if backend in (CPP, CUDA) and compiled() is None:
+        return load_compiled()
+    if backend == CUDA and not compiled().has_cuda:
         return "timo._C was built without CUDA"
     if backend in (TRITON, TRITON_ATOMIC):
         try:
@@ -212,12 +214,19 @@ def unavailable(backend: str) -> str | None:
 
 @cache
 def compiled():
-    """The compiled module `timo._C`, or None where it was not built."""
+    """The compiled module `timo._C`, or None where it was not built or does not load."""
+    module = load_compiled()
+    return None if isinstance(module, str) else module
+
+
+def load_compiled():
+    """The compiled module, or why there is none."""
     try:
-        from timo import _C
-    except ImportError:
-        return None
-    return _C
+        return importlib.import_module("timo._C")
+    except ModuleNotFoundError:
+        return "timo._C is not built"
+    except ImportError as error:
+        return f"timo._C does not load: {error}"
 
 
 def capability(device: torch.device) -> str:

@@ -1,5 +1,7 @@
 """Mask-aware patch gathering: the visible units of a series, with a halo, as tiles."""
 
+from numbers import Real
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,6 +10,7 @@ from timo.ops import dispatch
 from timo.ops import gather_units_compiled as compiled
 from timo.ops.checks import (
     FLOATS,
+    HALF_AND_SINGLE,
     RAW,
     check_same,
     check_shape,
@@ -63,8 +66,9 @@ def gather_units(
     check_ids("visible_ids", visible_ids, frames)
     check_valid_frames(valid, frames)
     check_unit(unit)
-    if len(halo) != 2 or min(halo) < 0:
-        raise ValueError(f"halo is {halo!r}; it must be (before, after), in pixels, not negative")
+    sides = halo if isinstance(halo, tuple | list) else ()
+    if len(sides) != 2 or not all(isinstance(x, int) and x >= 0 for x in sides):
+        raise ValueError(f"halo is {halo!r}; it must be (before, after), ints in pixels, 0 or more")
     if dtype is None:
         dtype = frames.dtype if frames.is_floating_point() else torch.float32
     if dtype not in FLOATS:
@@ -138,7 +142,8 @@ def windows(x: Tensor, ids: Tensor, unit: int, before: int, after: int) -> Tenso
     x = x.unfold(3, size, unit).unfold(4, size, unit)  # [B, T, C, h, w, S, S], a view
     sample = torch.arange(x.shape[0], device=x.device)[:, None]
     frame, place = ids // (h * w), ids % (h * w)
-    return x[sample, frame, :, place // w, place % w].view(dtype)
+    tiles = x[sample, frame, :, place // w, place % w]  # of strides that follow those of the ids
+    return tiles.contiguous().view(dtype)
 
 
 def physical(
@@ -179,8 +184,10 @@ def per_band(name: str, value: Tensor | float | None, frames: Tensor, wide: bool
         return None
     dtype = torch.float64 if wide else torch.float32
     bands = frames.shape[2]
-    if isinstance(value, int | float):
-        return torch.full((bands,), value, dtype=dtype, device=frames.device)
+    if isinstance(value, Real):
+        return torch.full((bands,), float(value), dtype=dtype, device=frames.device)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}; it must be a number or a tensor (C,)")
     check_tensor(name, value, "(C,)")
     check_shape(name, value, (bands,), "the bands of frames")
     check_same(name, value, "frames", frames, dtype=False)
@@ -215,7 +222,7 @@ def check_valid_frames(valid: Tensor | None, frames: Tensor) -> None:
 
 def check_unit(unit: int) -> None:
     if not isinstance(unit, int) or unit < 1:
-        raise ValueError(f"unit is {unit!r}; it must be a number of pixels, at least 1")
+        raise ValueError(f"unit is {unit!r}; it must be an int, a number of pixels, at least 1")
 
 
 def unit_count(frames: Tensor, unit: int) -> int:
@@ -243,13 +250,11 @@ def _request(frames, *inputs, dtype=None, **_) -> Request:
     return Request(frames.device, torch.float64 if wide else frames.dtype)
 
 
-HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 NARROW = (torch.uint8, torch.uint16, *HALF_AND_SINGLE)
-ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")
 FORWARD = dispatch.register(
     "gather_units",
     _request,
-    Backend(REFERENCE, reference, ANY_DEVICE, RAW),
+    Backend(REFERENCE, reference, dispatch.ANY_DEVICE, RAW),
     Backend(CPP, compiled.forward, ("cpu",), NARROW),
     Backend(TRITON, _triton, dtypes=NARROW, **dispatch.BY_TRITON),
     Backend(CUDA, compiled.forward, dtypes=NARROW, **dispatch.BY_CUDA),
@@ -257,7 +262,7 @@ FORWARD = dispatch.register(
 BACKWARD = dispatch.register(
     "gather_units_backward",
     _request,
-    Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
+    Backend(REFERENCE, reference_backward, dispatch.ANY_DEVICE, FLOATS),
     Backend(CPP, compiled.backward, ("cpu",), HALF_AND_SINGLE),
     Backend(TRITON, _triton_backward, dtypes=HALF_AND_SINGLE, **dispatch.BY_TRITON),
     Backend(CUDA, compiled.backward, dtypes=HALF_AND_SINGLE, **dispatch.BY_CUDA),

@@ -2,13 +2,22 @@
 
 import math
 from collections.abc import Iterator
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from timo.ops import dispatch, gyroscope_cpp
-from timo.ops.checks import FLOATS, check_same, check_shape, check_tensor, check_valid
+from timo.ops.checks import (
+    FLOATS,
+    HALF_AND_SINGLE,
+    accumulation,
+    check_same,
+    check_shape,
+    check_tensor,
+    check_valid,
+)
 from timo.ops.dispatch import CPP, REFERENCE, TRITON, TRITON_ATOMIC, Backend, Request
 from timo.ops.library import define, refuse_third_derivative
 
@@ -71,10 +80,10 @@ def gyroscope_attention(
     check_shape("gate", gate, (B, T, N, H), "q")
     check_same("gate", gate, "q", q, dtype=False)
     check_valid(valid, {"(B, T)": (B, T), "(B, T, N)": (B, T, N)}, q)
-    if not isinstance(scale, int | float):
+    if not isinstance(scale, Real):
         raise TypeError(f"scale is {type(scale).__name__}; it must be a number")
     out, _, _ = torch.ops.timo.gyroscope_attention(
-        q, k, v, q_median, k_median, gate, valid, scale, backend
+        q, k, v, q_median, k_median, gate, valid, float(scale), backend
     )
     return out
 
@@ -305,10 +314,6 @@ def tiles(q: Tensor) -> Iterator[tuple[int, slice, list[slice]]]:
             yield b, slice(h, min(h + heads, H)), blocks
 
 
-def accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _triton(*inputs):
     from timo.kernels import gyroscope_attention as kernels
 
@@ -335,8 +340,6 @@ def _request_backward(grad, *_, **__) -> Request:
     return _request(grad)
 
 
-HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
-ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")
 TRITON_LIMITS = {
     "devices": dispatch.triton_devices(),
     "dtypes": HALF_AND_SINGLE,
@@ -346,7 +349,7 @@ TRITON_LIMITS = {
 FORWARD = dispatch.register(
     "gyroscope_attention",
     _request,
-    Backend(REFERENCE, reference, ANY_DEVICE, FLOATS),
+    Backend(REFERENCE, reference, dispatch.ANY_DEVICE, FLOATS),
     Backend(CPP, gyroscope_cpp.forward, ("cpu",), HALF_AND_SINGLE),
     Backend(TRITON, _triton, **TRITON_LIMITS),
     Backend(TRITON_ATOMIC, _triton, **TRITON_LIMITS, deterministic=False),  # for its backward
@@ -354,7 +357,7 @@ FORWARD = dispatch.register(
 BACKWARD = dispatch.register(
     "gyroscope_attention_backward",
     _request_backward,
-    Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
+    Backend(REFERENCE, reference_backward, dispatch.ANY_DEVICE, FLOATS),
     Backend(CPP, gyroscope_cpp.backward, ("cpu",), HALF_AND_SINGLE),
     Backend(TRITON, _triton_backward, **TRITON_LIMITS),
     Backend(TRITON_ATOMIC, _triton_atomic_backward, **TRITON_LIMITS, deterministic=False),
@@ -406,7 +409,7 @@ def _save_backward(ctx, inputs, output):
 def _backward_backward(ctx, *grads):
     refuse_third_derivative("gyroscope_attention")
     *tensors, valid = ctx.saved_tensors
-    with torch.enable_grad():
+    with torch.autocast(tensors[0].device.type, enabled=False), torch.enable_grad():
         grad, *inputs = [x.detach().requires_grad_() for x in tensors]
         out, _, _ = reference(*inputs, valid, ctx.scale)
         first = torch.autograd.grad(out, inputs, grad, create_graph=True)

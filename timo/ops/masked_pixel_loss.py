@@ -5,10 +5,17 @@ from torch import Tensor
 
 from timo.ops import dispatch
 from timo.ops import masked_pixel_loss_compiled as compiled
-from timo.ops.checks import FLOATS, RAW, check_same, check_shape, check_tensor
+from timo.ops.checks import (
+    FLOATS,
+    HALF_AND_SINGLE,
+    RAW,
+    accumulation,
+    check_same,
+    check_shape,
+    check_tensor,
+)
 from timo.ops.dispatch import CPP, CUDA, REFERENCE, TRITON, Backend, Request
 from timo.ops.gather_units import (
-    HALF_AND_SINGLE,
     check_id_values,
     check_ids,
     check_unit,
@@ -169,11 +176,10 @@ def _request_backward(grad, pred, frames, *_, **__) -> Request:
     return _request(pred, frames)
 
 
-ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")
 FORWARD = dispatch.register(
     "masked_pixel_loss",
     _request,
-    Backend(REFERENCE, reference, ANY_DEVICE, FLOATS),
+    Backend(REFERENCE, reference, dispatch.ANY_DEVICE, FLOATS),
     Backend(CPP, compiled.forward, ("cpu",), HALF_AND_SINGLE),
     Backend(TRITON, _triton, dtypes=HALF_AND_SINGLE, **dispatch.BY_TRITON),
     Backend(CUDA, compiled.forward, dtypes=HALF_AND_SINGLE, **dispatch.BY_CUDA),
@@ -181,7 +187,7 @@ FORWARD = dispatch.register(
 BACKWARD = dispatch.register(
     "masked_pixel_loss_backward",
     _request_backward,
-    Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
+    Backend(REFERENCE, reference_backward, dispatch.ANY_DEVICE, FLOATS),
     Backend(CPP, compiled.backward, ("cpu",), HALF_AND_SINGLE),
     Backend(TRITON, _triton_backward, dtypes=HALF_AND_SINGLE, **dispatch.BY_TRITON),
     Backend(CUDA, compiled.backward, dtypes=HALF_AND_SINGLE, **dispatch.BY_CUDA),
@@ -201,7 +207,7 @@ def _run_backward(*args):
 
 
 def _fake(pred, frames, ids, scale, offset, valid, unit, norm, backend):
-    dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
+    dtype = accumulation(pred.dtype)
     return (
         pred.new_empty((), dtype=dtype),
         pred.new_empty(ids.shape, dtype=dtype),

@@ -4,7 +4,15 @@ import torch
 from torch import Tensor
 
 from timo.ops import dispatch
-from timo.ops.checks import FLOATS, check_same, check_shape, check_tensor, check_valid
+from timo.ops.checks import (
+    FLOATS,
+    HALF_AND_SINGLE,
+    accumulation,
+    check_same,
+    check_shape,
+    check_tensor,
+    check_valid,
+)
 from timo.ops.compiled import launch
 from timo.ops.dispatch import CPP, REFERENCE, TRITON, Backend, Request
 from timo.ops.library import define, refuse_third_derivative
@@ -75,10 +83,6 @@ def deviations(q: Tensor, values: Tensor, valid: Tensor | None) -> Tensor:
     """q minus its median in the dtype of sums, 0 where not valid: (B, T, N, H, D)."""
     dtype = accumulation(q.dtype)
     return torch.where(spread(valid, q), q.to(dtype) - values.to(dtype).unsqueeze(1), 0)
-
-
-def accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _forward(kernel):
@@ -152,24 +156,23 @@ def _request_backward(dvalues, ddeviation, q, weight, *_) -> Request:
     return _request(q, weight)
 
 
-ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")
 TRITON_LIMITS = {
     **dispatch.BY_TRITON,
-    "dtypes": (torch.float16, torch.bfloat16, torch.float32),
+    "dtypes": HALF_AND_SINGLE,
     "max_dates": 64,
     "head_dims": (1, 128),
 }
 FORWARD = dispatch.register(
     "median_deviation",
     _request,
-    Backend(REFERENCE, reference, ANY_DEVICE, FLOATS),
+    Backend(REFERENCE, reference, dispatch.ANY_DEVICE, FLOATS),
     Backend(CPP, _forward(_cpp), ("cpu",), FLOATS),
     Backend(TRITON, _forward(_triton), **TRITON_LIMITS),
 )
 BACKWARD = dispatch.register(
     "median_deviation_backward",
     _request_backward,
-    Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
+    Backend(REFERENCE, reference_backward, dispatch.ANY_DEVICE, FLOATS),
     Backend(CPP, _backward_of(_cpp_backward), ("cpu",), FLOATS),
     Backend(TRITON, _backward_of(_triton_backward), **TRITON_LIMITS),
 )

@@ -5,9 +5,16 @@ from torch import Tensor
 
 from timo.ops import dispatch
 from timo.ops import scatter_units_compiled as compiled
-from timo.ops.checks import FLOATS, check_same, check_shape, check_tensor
+from timo.ops.checks import (
+    FLOATS,
+    HALF_AND_SINGLE,
+    accumulation,
+    check_same,
+    check_shape,
+    check_tensor,
+)
 from timo.ops.dispatch import CPP, CUDA, REFERENCE, TRITON, Backend, Request
-from timo.ops.gather_units import HALF_AND_SINGLE, check_id_values, check_ids
+from timo.ops.gather_units import check_id_values, check_ids
 from timo.ops.library import define
 
 
@@ -55,7 +62,7 @@ def scatter_units(
 def reference(tokens: Tensor, visible_ids: Tensor, mask_token: Tensor, position: Tensor) -> Tensor:
     """Plain PyTorch."""
     B, K, D = tokens.shape
-    dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+    dtype = accumulation(tokens.dtype)
     sequence = mask_token.to(dtype).expand(B, position.shape[0], D)
     index = visible_ids[..., None].expand(B, K, D)
     return (sequence.scatter(1, index, tokens.to(dtype)) + position).to(tokens.dtype)
@@ -65,7 +72,7 @@ def reference_backward(
     grad: Tensor, visible_ids: Tensor, mask_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the tokens (B, K, D) and of the mask token (D,)."""
-    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    dtype = accumulation(grad.dtype)
     index = visible_ids[..., None].expand(-1, -1, grad.shape[2])
     masked = grad.to(dtype).scatter(1, index, 0).sum((0, 1))
     return grad.gather(1, index), masked.to(mask_dtype)
@@ -83,7 +90,7 @@ def _triton_backward(*inputs):
     return kernels.backward(*inputs)
 
 
-def _request(tokens, ids, mask_token, position, **_) -> Request:
+def _request(tokens, visible_ids, mask_token, position, **_) -> Request:
     return _widest(tokens, mask_token.dtype, position.dtype)
 
 
@@ -96,11 +103,10 @@ def _widest(x: Tensor, *others: torch.dtype) -> Request:
     return Request(x.device, torch.float64 if torch.float64 in others else x.dtype)
 
 
-ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")
 FORWARD = dispatch.register(
     "scatter_units",
     _request,
-    Backend(REFERENCE, reference, ANY_DEVICE, FLOATS),
+    Backend(REFERENCE, reference, dispatch.ANY_DEVICE, FLOATS),
     Backend(CPP, compiled.forward, ("cpu",), HALF_AND_SINGLE),
     Backend(TRITON, _triton, dtypes=HALF_AND_SINGLE, **dispatch.BY_TRITON),
     Backend(CUDA, compiled.forward, dtypes=HALF_AND_SINGLE, **dispatch.BY_CUDA),
@@ -108,7 +114,7 @@ FORWARD = dispatch.register(
 BACKWARD = dispatch.register(
     "scatter_units_backward",
     _request_backward,
-    Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
+    Backend(REFERENCE, reference_backward, dispatch.ANY_DEVICE, FLOATS),
     Backend(CPP, compiled.backward, ("cpu",), HALF_AND_SINGLE),
     Backend(TRITON, _triton_backward, dtypes=HALF_AND_SINGLE, **dispatch.BY_TRITON),
     Backend(CUDA, compiled.backward, dtypes=HALF_AND_SINGLE, **dispatch.BY_CUDA),
@@ -148,7 +154,7 @@ def _backward(ctx, grad):
     )
     position = None
     if ctx.needs_input_grad[3]:
-        position = grad.sum(0, dtype=ctx.position_dtype)
+        position = grad.sum(0, dtype=accumulation(ctx.position_dtype)).to(ctx.position_dtype)
     return tokens, None, mask_token, position, None
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from timo.ops import dispatch
-from timo.ops.checks import FLOATS, check_tensor, check_valid
+from timo.ops.checks import FLOATS, HALF_AND_SINGLE, check_tensor, check_valid
+from timo.ops.compiled import launch
 from timo.ops.dispatch import CPP, CUDA, REFERENCE, TRITON, Backend, Request
 from timo.ops.library import define
 
@@ -55,7 +56,7 @@ def reference(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
 def reference_backward(grad: Tensor, indices: Tensor, dates: int) -> Tensor:
     """`grad` at the selected dates, 0 elsewhere: (B, N, H, D) -> (B, T, N, H, D)."""
     date = torch.arange(dates, device=grad.device).view(1, -1, 1, 1, 1)
-    return torch.where(indices.unsqueeze(1) == date, grad.unsqueeze(1), 0)
+    return torch.where(indices.unsqueeze(1) == date, grad.unsqueeze(1), 0).contiguous()
 
 
 def spread(valid: Tensor | None, x: Tensor) -> Tensor:
@@ -96,31 +97,16 @@ def _kernel_backward(launch):
     return run
 
 
-def _cpp(x, usable, values, indices):
-    dispatch.compiled().temporal_median_cpu(*addresses(x, usable, values, indices))
+def _compiled(x, usable, values, indices):
+    launch("temporal_median", x.device, *addresses(x, usable, values, indices))
 
 
-def _cpp_backward(grad, indices, out):
+def _compiled_backward(grad, indices, out):
     B, T = out.shape[:2]
-    dispatch.compiled().temporal_median_backward_cpu(
-        grad.data_ptr(), indices.data_ptr(), out.data_ptr(), out.element_size(), B, T,
-        grad[0].numel(),
+    launch(
+        "temporal_median_backward", grad.device, grad.data_ptr(), indices.data_ptr(),
+        out.data_ptr(), out.element_size(), B, T, grad[0].numel(),
     )  # fmt: skip
-
-
-def _cuda(x, usable, values, indices):
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        dispatch.compiled().temporal_median_cuda(*addresses(x, usable, values, indices), stream)
-
-
-def _cuda_backward(grad, indices, out):
-    B, T = out.shape[:2]
-    with torch.cuda.device(grad.device):
-        dispatch.compiled().temporal_median_backward_cuda(
-            grad.data_ptr(), indices.data_ptr(), out.data_ptr(), out.element_size(), B, T,
-            grad[0].numel(), torch.cuda.current_stream().cuda_stream,
-        )  # fmt: skip
 
 
 def addresses(x: Tensor, usable: Tensor | None, values: Tensor, indices: Tensor) -> tuple:
@@ -153,25 +139,23 @@ def _request_backward(grad, indices, dates) -> Request:
     return Request(grad.device, grad.dtype, dates=dates)
 
 
-HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
-ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")
 FORWARD = dispatch.register(
     "temporal_median",
     _request,
-    Backend(REFERENCE, reference, ANY_DEVICE, FLOATS),
-    Backend(CPP, _kernel(_cpp), ("cpu",), FLOATS),
+    Backend(REFERENCE, reference, dispatch.ANY_DEVICE, FLOATS),
+    Backend(CPP, _kernel(_compiled), ("cpu",), FLOATS),
     Backend(TRITON, _kernel(_triton), dtypes=HALF_AND_SINGLE, max_dates=256, **dispatch.BY_TRITON),
-    Backend(CUDA, _kernel(_cuda), dtypes=FLOATS, max_dates=192, **dispatch.BY_CUDA),
+    Backend(CUDA, _kernel(_compiled), dtypes=FLOATS, max_dates=192, **dispatch.BY_CUDA),
 )
 BACKWARD = dispatch.register(
     "temporal_median_backward",
     _request_backward,
-    Backend(REFERENCE, reference_backward, ANY_DEVICE, FLOATS),
-    Backend(CPP, _kernel_backward(_cpp_backward), ("cpu",), FLOATS),
+    Backend(REFERENCE, reference_backward, dispatch.ANY_DEVICE, FLOATS),
+    Backend(CPP, _kernel_backward(_compiled_backward), ("cpu",), FLOATS),
     Backend(
         TRITON, _kernel_backward(_triton_backward), dtypes=HALF_AND_SINGLE, **dispatch.BY_TRITON
     ),
-    Backend(CUDA, _kernel_backward(_cuda_backward), dtypes=FLOATS, **dispatch.BY_CUDA),
+    Backend(CUDA, _kernel_backward(_compiled_backward), dtypes=FLOATS, **dispatch.BY_CUDA),
 )
 
 
