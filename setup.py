@@ -1,10 +1,13 @@
 """Build of `timo._C`: pybind11 without torch headers, with CUDA where nvcc is found.
 
 Environment: TIMO_CUDA=1 makes a missing nvcc an error, TIMO_CUDA=0 leaves CUDA out;
-TIMO_CUDA_ARCHS lists architectures ("80;90a;100;120+PTX"); CXX, MAX_JOBS as usual.
+TIMO_CUDA_ARCHS lists architectures ("80;90a;100;120+PTX"); CXX (a gcc), MAX_JOBS as usual.
 """
 
 import os
+import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +18,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+X86 = platform.machine() in ("x86_64", "AMD64")  # elsewhere the reference runs, and Triton
 CXX_FLAGS = "-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -Wall -Wextra"
 NVCC_FLAGS = (
     "-O3 -std=c++17 -lineinfo --expt-relaxed-constexpr -Xptxas -v "
@@ -83,7 +87,7 @@ class BuildWithNinja(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         folders = (pybind11.get_include(), sysconfig.get_paths()["include"], ROOT / "csrc")
-        include = " ".join(f"-I{folder}" for folder in folders)
+        include = " ".join(shlex.quote(f"-I{folder}") for folder in folders)
         cxx = os.environ.get("CXX", "g++")
         define = "-DTIMO_CUDA" if nvcc else ""
         rules = [
@@ -95,29 +99,36 @@ class BuildWithNinja(build_ext):
         libraries = "-lpthread"
         if nvcc:
             # ptxas reports registers and spills into a file that the tests read.
+            tool = shlex.quote(nvcc)
             rules += [
-                f"rule nvcc\n  command = {nvcc} --version > $out.ptxas && "
-                f"{nvcc} -MD -MF $out.d {NVCC_FLAGS} {gencode()} {include} "
+                f"rule nvcc\n  command = {tool} --version > $out.ptxas && "
+                f"{tool} -MD -MF $out.d {NVCC_FLAGS} {gencode()} {include} "
                 "-c $in -o $out 2>> $out.ptxas || (cat $out.ptxas; exit 1)",
                 "  depfile = $out.d\n  deps = gcc",
             ]
-            libraries = f"-L{cudart_folder(nvcc)} -lcudart_static -lrt -ldl -lpthread"
+            folder = shlex.quote(f"-L{cudart_folder(nvcc)}")
+            libraries = f"{folder} -lcudart_static -lrt -ldl -lpthread"
         built = []
         for source in ext.sources:
             rule = "nvcc" if source.endswith(".cu") else "cxx"
             if rule == "nvcc" and not nvcc:
                 continue
-            built.append(str(objects / (source.replace("/", "_") + ".o")))
-            rules.append(f"build {built[-1]}: {rule} {ROOT / source}")
+            built.append(escaped(objects / (source.replace("/", "_") + ".o")))
+            rules.append(f"build {built[-1]}: {rule} {escaped(ROOT / source)}")
         rules += [
             f"rule link\n  command = {cxx} -shared -fopenmp -Wl,-Bsymbolic $in -o $out {libraries}",
-            f"build {target}: link {' '.join(built)}",
-            f"default {target}\n",
+            f"build {escaped(target)}: link {' '.join(built)}",
+            f"default {escaped(target)}\n",
         ]
         (objects / "build.ninja").write_text("\n".join(rules))
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(objects), "-j", jobs]
         subprocess.run(command, check=True)
+
+
+def escaped(path: Path) -> str:
+    """As ninja reads it."""
+    return re.sub(r"[$ :]", r"$\g<0>", str(path))
 
 
 def sources() -> list[str]:
@@ -128,6 +139,6 @@ def sources() -> list[str]:
 setup(
     packages=sorted({*find_packages(include=["timo", "timo.*"]), *FOLDERS, "timo.benchmarks.ops"}),
     package_dir=FOLDERS,
-    ext_modules=[Extension("timo._C", sources())],
+    ext_modules=[Extension("timo._C", sources())] if X86 else [],
     cmdclass={"build_ext": BuildWithNinja},
 )
