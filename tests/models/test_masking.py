@@ -31,7 +31,7 @@ def word(key: int, purpose: int, index: int) -> int:
     return mix(mix(mix(key >> 32) ^ (key % 2**32)) ^ mix(purpose * 2**26 + index))
 
 
-def order(key: int, grid, strategy: str, keep: int) -> list[int]:
+def order(key: int, grid, strategy: str) -> list[int]:
     """Units of a sample, those to keep first, from the words alone."""
     T, rows, columns = grid
     units = [(t, i, j) for t in range(T) for i in range(rows) for j in range(columns)]
@@ -48,7 +48,7 @@ def order(key: int, grid, strategy: str, keep: int) -> list[int]:
         height, width = (rows + 1) // 2, (columns + 1) // 2
         spans = rows + height - 1, columns + width - 1
         missed = 1 - height * width / (spans[0] * spans[1])
-        share = keep / len(units) / 4
+        share = 1 / (4 * rows * columns)
         count = math.ceil(math.log(share) / math.log(missed)) if missed else 1
         hidden_first = dict.fromkeys(units, 2**32 - 1)
         for n in range(T * count):
@@ -72,8 +72,39 @@ def test_equals_the_definition(strategy, grid):
     for mask, keep in ((None, visible_count(units, 0.75)), (usable, int(usable.sum(1).min()))):
         ids = draw_units(key, grid, keep, strategy, mask)
         for b, k in enumerate(key.tolist()):
-            drawn = [n for n in order(k, grid, strategy, keep) if mask is None or mask[b, n]]
+            drawn = [n for n in order(k, grid, strategy) if mask is None or mask[b, n]]
             assert ids[b].tolist() == sorted(drawn[:keep])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_clouds_elsewhere_in_the_batch_change_how_many_stay_not_their_order(strategy):
+    """Few units of one sample are usable: the others show the first of what they would have."""
+    grid, key = (3, 4, 5), keys(4)
+    usable = torch.rand(4, 60, generator=torch.Generator().manual_seed(1)) > 0.3
+    usable[3, 30:] = False
+    shown = {}
+    for samples in (slice(0, 3), slice(0, 4)):
+        keep = visible_count(int(usable[samples].sum(1).min()), 0.5)
+        shown[keep] = draw_units(key[samples], grid, keep, strategy, usable[samples])[:3].tolist()
+    assert len(shown) == 2
+    few, many = (shown[keep] for keep in sorted(shown))
+    assert all(set(a) < set(b) for a, b in zip(few, many))
+
+
+def test_one_graph_serves_every_number_of_units():
+    """Clouds change how many stay, which is not compiled for each value."""
+    torch.compiler.reset()
+    graphs = []
+    run = torch.compile(
+        draw_units,
+        fullgraph=True,
+        backend=lambda graph, _: (graphs.append(graph), graph.forward)[1],
+    )
+    key = keys(3)
+    for keep in range(5, 15):
+        got = run(key, (6, 2, 6), keep, "mixture")
+        assert torch.equal(got, draw_units(key, (6, 2, 6), keep, "mixture"))
+    assert len(graphs) == 2
 
 
 def test_words_never_change():

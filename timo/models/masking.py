@@ -1,8 +1,10 @@
 """Which mask units stay visible in pretraining, drawn on the device from the samples' keys.
 
-The generator is counter-based: a word is a hash of (key, purpose, index), so that a draw depends
-on the sample alone, not on the device, the batch or the number of processes. Words of 32 bits lie
-in int64 and no product reaches 2^63, so every device computes the same bits.
+The generator is counter-based: a word is a hash of (key, purpose, index), so that the order in
+which units are kept depends on the sample alone, not on the device, the batch or the number of
+processes. How many are kept is the same for a whole batch: where validity differs between samples,
+it depends on the others of the batch. Words of 32 bits lie in int64 and no product reaches 2^63, so
+every device computes the same bits.
 """
 
 import math
@@ -53,11 +55,11 @@ def draw_units(
     if strategy not in STRATEGIES:
         raise ValueError(f"masking is {strategy!r}; it must be one of {', '.join(STRATEGIES)}")
     if strategy == "mixture":
-        scores = torch.stack([score(key, grid, keep) for score in SCORES.values()])
+        scores = torch.stack([score(key, grid) for score in SCORES.values()])
         chosen = words(key, OF_CHOICE, 1) % len(scores)  # [B, 1]
         score = scores.gather(0, chosen.expand_as(scores[0])[None])[0]
     else:
-        score = SCORES[strategy](key, grid, keep)
+        score = SCORES[strategy](key, grid)
     if usable is not None:
         score = score | ((~usable).long() << 62)  # behind every usable unit
     return score.argsort(stable=True, dim=1)[:, :keep].sort(1).values
@@ -126,31 +128,31 @@ def mix(x: Tensor) -> Tensor:
     return x ^ (x >> 15)
 
 
-def _random(key: Tensor, grid: tuple[int, int, int], keep: int) -> Tensor:
+def _random(key: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """Scores of less than 2^62, (B, units): units of low score stay visible."""
     return words(key, OF_UNIT, math.prod(grid)) << 30
 
 
-def _date(key: Tensor, grid: tuple[int, int, int], keep: int) -> Tensor:
+def _date(key: Tensor, grid: tuple[int, int, int]) -> Tensor:
     T, rows, columns = grid
     date = words(key, OF_DATE, T).repeat_interleave(rows * columns, 1)
     return (date << 30) | (words(key, OF_UNIT, T * rows * columns) >> 2)
 
 
-def _location(key: Tensor, grid: tuple[int, int, int], keep: int) -> Tensor:
+def _location(key: Tensor, grid: tuple[int, int, int]) -> Tensor:
     T, rows, columns = grid
     place = words(key, OF_PLACE, rows * columns).repeat(1, T)
     return (place << 30) | (words(key, OF_UNIT, T * rows * columns) >> 2)
 
 
-def _block(key: Tensor, grid: tuple[int, int, int], keep: int) -> Tensor:
+def _block(key: Tensor, grid: tuple[int, int, int]) -> Tensor:
     T, rows, columns = grid
     height, width = -(-rows // 2), -(-columns // 2)
     # Corners reach beyond the frame, which makes every place equally likely to be covered. With
-    # this many blocks to a frame, a quarter of what is to stay visible remains uncovered.
+    # this many blocks to a frame, a quarter of a unit of each remains uncovered.
     corners = rows + height - 1, columns + width - 1
     missed = 1 - height * width / math.prod(corners)
-    count = math.ceil(math.log(keep / math.prod(grid) / 4) / math.log(missed)) if missed else 1
+    count = math.ceil(-math.log(4 * rows * columns) / math.log(missed)) if missed else 1
     order, row, column = (
         words(key, purpose, T * count).view(-1, T, count, 1)
         for purpose in (OF_BLOCK, OF_ROW, OF_COLUMN)

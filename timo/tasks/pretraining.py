@@ -27,8 +27,8 @@ class PretrainingTask(SeriesTask):
             ("location"), rectangles ("block"), or one of these for each sample ("mixture"); see
             `timo.models.masking.draw_units`.
         compile: mode of `torch.compile` for training steps, "default", or "reduce-overhead" for
-            CUDA graphs; None runs them as they are written. Shapes must stay as they are: where
-            clouds change the number of visible units, each number is compiled anew.
+            CUDA graphs; None runs them as they are written. Where clouds change the number of
+            visible units, the second number is compiled anew, for all others too; so is 1.
     """
 
     def __init__(
