@@ -35,7 +35,9 @@ def demo(arguments: Sequence[str]) -> int:
     simulates one.
     """
     parser = argparse.ArgumentParser("timo demo", description=demo.__doc__)
-    parser.add_argument("--data", default=None, help="folder of the real series")
+    parser.add_argument(
+        "--data", default=None, help="folder pucallpa_landsat of the real series, or the one above"
+    )
     parser.add_argument("--out", default="runs/demo", help="folder of the results; replaced")
     parser.add_argument("--pretrain_steps", type=int, default=500)
     parser.add_argument("--finetune_steps", type=int, default=100)
@@ -98,11 +100,13 @@ def _find_series(given: str | None, out: Path) -> tuple[Path, str]:
     """Folder of rasters and what it is."""
     roots = [given] if given else [os.environ.get("TIMO_DATA"), "../shared/data"]
     for root in filter(None, roots):
-        folder = Path(root) / "pucallpa_landsat"
-        if folder.is_dir():
-            return folder, "Landsat composites of the Ucayali river at Pucallpa, Peru (real)"
+        for folder in (Path(root), Path(root) / "pucallpa_landsat"):
+            if folder.resolve().name == "pucallpa_landsat" and folder.is_dir():
+                return folder, "Landsat composites of the Ucayali river at Pucallpa, Peru (real)"
     if given:
-        raise ValueError(f"data: {given} holds no folder pucallpa_landsat; leave --data out")
+        raise ValueError(
+            f"data: {given} neither is nor holds a folder pucallpa_landsat; leave --data out"
+        )
     from timo.cli.simulated_scene import write_scene
 
     return write_scene(out / "simulated"), "a simulated river landscape (no real series found)"
@@ -120,7 +124,6 @@ _QUIET = {"enable_model_summary": False, "devices": 1}
 
 def _fit(task, data: SeriesData, out: Path, steps: int) -> None:
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
     fit(
         task, data, out, max_steps=steps, max_epochs=-1, accelerator="cpu", log_every_n_steps=1,
         gradient_clip_val=1.0, **_QUIET,
