@@ -82,7 +82,8 @@ def test_the_whole_road(series, tmp_path, capsys):
     assert {"test/iou/land", "test/f1/water", "test/mean_iou", "test/accuracy"} <= set(scores)
 
     assert run("predict", "--run", tmp_path / "b", *data, "--tile", 48, "--overlap", 16,
-               "--out", tmp_path / "maps", "--change", "true") == 0  # fmt: skip
+               "--out", tmp_path / "maps", "--change", "true",
+               "--probabilities", "true") == 0  # fmt: skip
     with (
         rasterio.open(tmp_path / "maps" / "river.tif") as file,
         rasterio.open(series / "2001.tif") as source,
@@ -92,6 +93,14 @@ def test_the_whole_road(series, tmp_path, capsys):
         assert file.nodata == 255
         labels = file.read()
     assert (labels[:, :8, :8] == 255).all() and set(np.unique(labels[:, 8:])) <= {0, 1}
+    with rasterio.open(tmp_path / "maps" / "river_probabilities.tif") as file:
+        assert file.descriptions[:3] == ("2001-07-01 land", "2001-07-01 water", "2003-07-01 land")
+        assert np.isnan(file.nodata) and file.dtypes[0] == "float32"
+        shares = file.read().reshape(3, 2, 64, 80)
+    assert (np.isnan(shares) == (labels == 255)[:, None]).all()
+    known = labels != 255
+    np.testing.assert_allclose(shares.sum(1)[known], 1, rtol=1e-5)
+    assert (shares.argmax(1)[known] == labels[known]).all()
     with rasterio.open(tmp_path / "maps" / "river_change.tif") as file:
         change = file.read(1)
     valid = labels[0] != 255

@@ -253,8 +253,12 @@ def test_prediction_joins_windows_and_keeps_nodata(tmp_path):
     for tile, overlap in ((96, 0), (32, 0), (40, 16)):
         dataset = RasterSeries(tmp_path, tile=tile, stride=tile - overlap)
         strips = list(predict_strips(task, dataset, 0, overlap))
-        assert [row for row, _ in strips] == sorted(row for row, _ in strips)
-        assert torch.equal(torch.cat([labels for _, labels in strips], 1), expected)
+        rows, labels, logits = zip(*strips)
+        assert list(rows) == sorted(rows)
+        assert torch.equal(torch.cat(labels, 1), expected)
+        bright = torch.cat(logits, 2)[:, 1]
+        assert torch.equal(bright.isnan(), expected == 255)
+        assert torch.equal(bright > 0, expected == 1)
 
 
 def test_real_segmenter_never_gives_nan_where_nothing_is_valid(tmp_path):
@@ -265,7 +269,7 @@ def test_real_segmenter_never_gives_nan_where_nothing_is_valid(tmp_path):
     for per_frame in (False, True):
         torch.manual_seed(0)
         task = segmentation(per_frame=per_frame).eval()
-        ((_, labels),) = predict_strips(task, dataset, 0, 0)
+        ((_, labels, _),) = predict_strips(task, dataset, 0, 0)
         assert labels.shape == (2 if per_frame else 1, 32, 64)
         assert (labels[..., :32] == 255).all() and (labels[..., 32:] < 3).all()
 

@@ -45,7 +45,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 
 def predict(arguments: Sequence[str]) -> int:
-    """Map every series of a data set to GeoTIFF: labels, and optionally what changed."""
+    """Map every series of a data set to GeoTIFF: labels, optionally changes and probabilities."""
     parser = series_parser("timo predict", predict.__doc__)
     _add_run(parser)
     parser.add_argument("--data", type=Dataset, required=True, help="series, not cut into tiles")
@@ -55,6 +55,9 @@ def predict(arguments: Sequence[str]) -> int:
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
     parser.add_argument("--out", type=str, required=True, help="folder of <series>.tif")
     parser.add_argument("--change", type=bool, default=False, help="also <series>_change.tif")
+    parser.add_argument(
+        "--probabilities", type=bool, default=False, help="also <series>_probabilities.tif"
+    )
     options = parser.parse_args(arguments)
     tile, overlap = options.tile, options.overlap
     if not 0 <= overlap < tile:
@@ -83,8 +86,9 @@ def predict(arguments: Sequence[str]) -> int:
     for number, series in enumerate(dataset.series):
         path = out / f"{series.name}.tif"
         change = out / f"{series.name}_change.tif" if options.change else None
-        predict_series(task, dataset, path, overlap, number, change, options.batch_size)
-        print(path if change is None else f"{path}\n{change}")
+        shares = out / f"{series.name}_probabilities.tif" if options.probabilities else None
+        predict_series(task, dataset, path, overlap, number, change, options.batch_size, shares)
+        print(*filter(None, (path, change, shares)), sep="\n")
     legend = {"labels": dict(enumerate(task.classes)), "nodata": 255}
     if options.change:
         pairs = enumerate((a, b) for a in task.classes for b in task.classes)

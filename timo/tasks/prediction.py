@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from math import nan
 from pathlib import Path
 
 import torch
@@ -61,8 +62,8 @@ def load_segmenter(run: str | Path, dataset: SeriesDataset, best: bool = False) 
 @torch.inference_mode()
 def predict_strips(
     task: SegmentationTask, dataset: SeriesDataset, number: int, overlap: int, batch_size: int = 4
-) -> Iterator[tuple[int, Tensor]]:
-    """Label maps of one series, in strips from top to bottom.
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Label maps of one series and their logits, in strips from top to bottom.
 
     Args:
         task: the segmenter, on the device to run on.
@@ -73,8 +74,8 @@ def predict_strips(
         batch_size: windows at once.
 
     Yields:
-        (row, labels): uint8 (T, n, W) per frame or (1, n, W); 255 where the pixel is not valid at
-        that date, or at any date.
+        (row, labels, logits): uint8 (T, n, W) and float32 (T, classes, n, W) per frame, 255 and
+        NaN where the pixel is not valid at that date; or (1, ...), where it is at no date.
     """
     series = dataset.series[number]
     windows_of_series = Subset(dataset, dataset.windows_of(number))
@@ -86,15 +87,16 @@ def predict_strips(
             batch["valid"] = compact_valid(valid)
             moved = {k: v.to(task.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             logits = task(moved).float().cpu()  # [B, (T,) classes, H, W]
-            usable = valid if task.per_frame else valid.any(1)
-            stacked = torch.cat([logits, usable.float().unsqueeze(-3)], -3)
+            if not task.per_frame:
+                logits, valid = logits[:, None], valid.any(1, keepdim=True)
+            stacked = torch.cat([logits, valid.float().unsqueeze(-3)], -3)
             for (row, col), values in zip(batch["window"], stacked):
                 yield row, col, values
 
     for row, strip in blend(windows(), series.height, series.width, overlap):
-        labels = strip[..., :-1, :, :].argmax(-3).to(torch.uint8)
-        labels[strip[..., -1, :, :] < 0.5] = IGNORE_INDEX
-        yield row, labels if labels.ndim == 3 else labels[None]
+        logits, unusable = strip[:, :-1], strip[:, -1] < 0.5
+        labels = logits.argmax(1).to(torch.uint8).masked_fill_(unusable, IGNORE_INDEX)
+        yield row, labels, logits.masked_fill_(unusable[:, None], nan)
 
 
 def predict_series(
@@ -105,14 +107,17 @@ def predict_series(
     number: int = 0,
     change: str | Path | None = None,
     batch_size: int = 4,
+    probabilities: str | Path | None = None,
 ) -> None:
-    """Write the label map of one series as GeoTIFF, and optionally what changed.
+    """Write the label map of one series as GeoTIFF, and optionally what changed and how sure.
 
     Args:
         task, dataset, overlap, number, batch_size: see `predict_strips`.
         out: GeoTIFF, uint8, nodata 255: a band for each date (per frame), or one band.
         change: GeoTIFF of change between the first and the last date, uint8, nodata 255:
             first label * classes + last label. Needs a model that predicts per frame.
+        probabilities: GeoTIFF, float32, nodata NaN, of the softmax of the logits whose greatest is
+            the label: a band for each class, per frame all classes of a date after the other.
 
     Raises:
         ValueError: `change` asked of a model that predicts one map for the series, or more than
@@ -125,23 +130,27 @@ def predict_series(
             f"this one has per_frame={task.per_frame} and {classes} classes"
         )
     days = [str(d) for d in series.dates.astype("datetime64[D]")]
-    shape = (series.height, series.width)
-    georeference = {"crs": series.crs, "transform": series.transform, "nodata": IGNORE_INDEX}
-    bands = days if task.per_frame else [f"{days[0]} to {days[-1]}"]
-    writers = [
-        GeoTiffWriter(out, (len(bands), *shape), "uint8", descriptions=bands, **georeference)
-    ]
-    if change:
-        names = [f"change {days[0]} to {days[-1]}"]
-        writers.append(
-            GeoTiffWriter(change, (1, *shape), "uint8", descriptions=names, **georeference)
-        )
+    span = f"{days[0]} to {days[-1]}"
+    bands = days if task.per_frame else [span]
     with ExitStack() as stack:
-        files = [stack.enter_context(writer) for writer in writers]
-        for row, labels in predict_strips(task, dataset, number, overlap, batch_size):
-            files[0].write(labels, row)
-            if change:
-                files[1].write(change_codes(labels[0], labels[-1], classes), row)
+
+        def opened(path: str | Path, names: list[str], dtype: str, nodata: float) -> GeoTiffWriter:
+            shape = (len(names), series.height, series.width)
+            return stack.enter_context(
+                GeoTiffWriter(path, shape, dtype, series.crs, series.transform, nodata, names)
+            )
+
+        labels_file = opened(out, bands, "uint8", IGNORE_INDEX)
+        change_file = change and opened(change, [f"change {span}"], "uint8", IGNORE_INDEX)
+        shares_file = probabilities and opened(
+            probabilities, [f"{b} {name}" for b in bands for name in task.classes], "float32", nan
+        )
+        for row, labels, logits in predict_strips(task, dataset, number, overlap, batch_size):
+            labels_file.write(labels, row)
+            if change_file:
+                change_file.write(change_codes(labels[0], labels[-1], classes), row)
+            if shares_file:
+                shares_file.write(logits.softmax(1).flatten(0, 1), row)
 
 
 def change_codes(first: Tensor, last: Tensor, classes: int) -> Tensor:
