@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.data.writers import frames, write_numpy
-from timo.data import DataError, NumpySeries, open_series, validate_sample
+from timo.data import DataError, NumpySeries, open_series, open_water, validate_sample
 
 DATES = ["2020-05-01", "2019-01-02T10:11:25", "2021", "2019-01-02T10:04:09"]
 BY_DATE = [3, 1, 0, 2]
@@ -68,6 +68,50 @@ def test_select_tiles_and_nan(tmp_path):
     assert sum(data.nonfinite(i).sum() for i in range(len(data))) > 0
     without = NumpySeries(tmp_path, bands=["R", "G", "B"], select=["G"])
     assert without[0]["valid"].all() and without.nonfinite(0).sum() == 0
+
+
+STATED = {
+    "bands": ["R", "G", "B"], "units": "reflectance", "scale": [1.0, 2.0, 3.0],
+    "offset": 0.5, "classes": ["land", "water"],
+}  # fmt: skip
+
+
+def test_description_in_the_folder(tmp_path):
+    write_numpy(tmp_path / "a", frames(4), DATES)
+    (tmp_path / "config.json").write_text(json.dumps(STATED))
+    data = open_series(tmp_path, select=["B", "R"])
+    assert data.bands == ("B", "R") and data.units == "reflectance"
+    assert data.scale.tolist() == [3, 1] and data.offset.tolist() == [0.5, 0.5]
+    assert data.classes == ("land", "water")
+    data = NumpySeries(
+        tmp_path, bands=["x", "y", "z"], units="dB", scale=7.0, offset=0.0, labels=open_water
+    )
+    assert data.bands == ("x", "y", "z") and data.units == "dB" and data.classes == ()
+    assert data.scale.tolist() == [7] * 3 and data.offset.tolist() == [0] * 3
+
+
+@pytest.mark.parametrize("other", [{"bands": ["R", "G", "B"]}, [1, 2], {"model": "UNet"}])
+def test_description_of_another_program(tmp_path, other):
+    write_numpy(tmp_path, frames(4), DATES)
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    data = NumpySeries(tmp_path)
+    assert data.bands == ("band1", "band2", "band3") and data.units == "DN" and data.classes == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": [1.0]}, "scale: must be one finite number"),
+        ({"scale": "large"}, "must be JSON with bands, units"),
+        ({"bands": 3}, "must be JSON with bands, units"),
+        ({"bands": ["R", "G"], "scale": 1}, "describes the bands .'R', 'G'., .*series.npy has 3"),
+    ],
+)
+def test_bad_descriptions(tmp_path, change, message):
+    write_numpy(tmp_path, frames(4), DATES)
+    (tmp_path / "config.json").write_text(json.dumps(STATED | change))
+    with pytest.raises(DataError, match=f"config.json: .*{message}.*mend the file or remove it"):
+        NumpySeries(tmp_path, bands=["R", "G", "B"])
 
 
 @pytest.mark.parametrize("path", [".", "series.npy", "../here/series.npy"])

@@ -350,11 +350,10 @@ def test_written_series_are_the_samples(tmp_path, target):
     config = json.loads((folder / "config.json").read_text())
     assert config["samples"] == 3 and config["classes"] == list(dataset.classes)
     again = SimulatedSeries(**config["simulation"])
-    read = NumpySeries(
-        folder, bands=config["bands"], scale=config["scale"], offset=config["offset"],
-        units=config["units"],
-    )  # fmt: skip
-    assert len(read) == 3
+    read = NumpySeries(folder)
+    assert len(read) == 3 and read.classes == dataset.classes
+    assert (read.bands, read.units) == (dataset.bands, "reflectance")
+    assert torch.equal(read.scale, dataset.scale) and torch.equal(read.offset, dataset.offset)
     for index in range(3):
         assert same(again[index], dataset[index])
         held = np.load(folder / dataset[index]["name"] / "series.npy", allow_pickle=False)

@@ -1,12 +1,13 @@
 """NumPy arrays with a list of dates as a dataset."""
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from timo.data.contract import DataError, select_bands
+from timo.data.contract import DataError, per_band, select_bands
 from timo.data.dates import order_of, read_dates, to_days
 from timo.data.series import Labels, Series, WindowedSeries, sample_folders, tensor_dtype
 
@@ -22,6 +23,10 @@ class NumpySeries(WindowedSeries):
     or `.txt`, and `valid.npy` and `mask.npy` where they exist. Frames come out in ascending order
     of date whatever their order on disk, and validity and masks with them.
 
+    `config.json` in the folder, as `timo data simulate` writes it, states bands, units, scale and
+    offset where the arguments do not, and `classes`, the names of the labels in their order (empty
+    without such a file, or with `labels`).
+
     Args:
         path: array or folder; `samples` names the subfolders to use (None: all).
         dates: file with one date for each frame, in the order of the array.
@@ -30,10 +35,11 @@ class NumpySeries(WindowedSeries):
         invalid_where: 0 for validity (True or 1 = usable), 1 for a cloud mask (1 = cloud).
         layout: "TCHW", "THWC" or "auto": bands are on the axis that leaves the height and width
             of `valid` or `mask`, or has as many entries as `bands`, or is the shortest.
-        bands: names of the array's bands in order; None for band1, band2, ...
+        bands: names of the array's bands in order; None for those of config.json, or band1,
+            band2, ...
         select: names of the bands to give out, in that order; None for all.
         units, scale, offset: physical = raw * scale + offset, one number or one for each selected
-            band.
+            band; None for those of config.json, or "DN", 1 and 0.
         tile, stride, region, min_valid, labels, ignore_label, cache: as in WindowedSeries.
 
     Raises:
@@ -50,9 +56,9 @@ class NumpySeries(WindowedSeries):
         layout: str = "auto",
         bands: Sequence[str] | None = None,
         select: Sequence[str] | None = None,
-        units: str = "DN",
-        scale: float | Sequence[float] = 1.0,
-        offset: float | Sequence[float] = 0.0,
+        units: str | None = None,
+        scale: float | Sequence[float] | None = None,
+        offset: float | Sequence[float] | None = None,
         tile: int | tuple[int, int] | None = None,
         stride: int | tuple[int, int] | None = None,
         region: Sequence[float] | None = None,
@@ -65,11 +71,14 @@ class NumpySeries(WindowedSeries):
         if layout not in ("auto", "TCHW", "THWC"):
             raise ValueError(f'layout: must be "TCHW", "THWC" or "auto", got {layout!r}')
         path = Path(path)
+        stated: dict = {}
         if path.suffix == ".npy":
             arrays = [path]
         else:
             folders = sample_folders(path, samples, holds_array, _WHAT)
             arrays = [folder / "series.npy" for folder in folders]
+            stated = _described(path / "config.json")
+        bands = stated.get("bands") if bands is None else bands
         self.invalid_where = invalid_where
         self._sources = [_Source(array, dates, valid, mask, layout, bands) for array in arrays]
         first = self._sources[0]
@@ -79,12 +88,23 @@ class NumpySeries(WindowedSeries):
                     f"{source.path}: has {source.count} bands of {source.dtype}, {first.path} has "
                     f"{first.count} of {first.dtype}; all series of a dataset must agree"
                 )
+        if stated and len(stated["bands"]) != first.count:
+            raise DataError(
+                f"{path / 'config.json'}: describes the bands {stated['bands']}, {first.path} has "
+                f"{first.count}; mend the file or remove it"
+            )
         held = list(bands) if bands else [f"band{i + 1}" for i in range(first.count)]
         self._positions = select_bands(held, select)
+        self.classes = () if labels else stated.get("classes", ())
+        if scale is None:
+            scale = stated["scale"][self._positions].tolist() if stated else 1.0
+        if offset is None:
+            offset = stated["offset"][self._positions].tolist() if stated else 0.0
         super().__init__(
             [source.series() for source in self._sources],
             tile, stride, region, min_valid, labels, ignore_label, cache,
-            bands=[held[i] for i in self._positions], units=units, scale=scale, offset=offset,
+            bands=[held[i] for i in self._positions],
+            units=units or stated.get("units", "DN"), scale=scale, offset=offset,
         )  # fmt: skip
 
     def _read(self, number, row, col, h, w):
@@ -197,6 +217,29 @@ def load_array(path: Path) -> np.ndarray:
 def holds_array(folder: Path) -> bool:
     """Whether a series of arrays lies in the folder itself."""
     return (folder / "series.npy").exists()
+
+
+def _described(path: Path) -> dict:
+    """Bands, units, scale and offset (C,), and classes that a file states; {} where it does not."""
+    if not path.is_file():
+        return {}
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(stated, dict) or not {"bands", "units", "scale", "offset"} <= set(stated):
+            return {}  # a file of another program
+        bands = tuple(map(str, stated["bands"]))
+        return {
+            "bands": bands,
+            "units": str(stated["units"]),
+            "scale": per_band("scale", stated["scale"], bands),
+            "offset": per_band("offset", stated["offset"], bands),
+            "classes": tuple(map(str, stated.get("classes", ()))),
+        }
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise DataError(
+            f"{path}: must be JSON with bands, units, scale and offset, as timo data simulate "
+            f"writes it ({error}); mend the file or remove it"
+        ) from None
 
 
 def _beside(path: Path, name: str | None, defaults: Sequence[str]) -> Path | None:
