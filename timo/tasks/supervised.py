@@ -84,8 +84,8 @@ class SupervisedTask(SeriesTask):
     def metrics(self) -> MetricCollection:
         """What validation and test measure, over labels other than 255.
 
-        A class that occurs in neither labels nor predictions has no score:
-        NaN, which counts in no mean.
+        A class that occurs in neither labels nor predictions has no score: NaN, which counts in
+        no mean.
         """
         raise NotImplementedError
 
