@@ -6,6 +6,7 @@ from torch import nn
 
 from tests.tolerance import assert_close
 from timo.layers import MaskedBatchNorm
+from timo.layers.norm import untracked
 
 
 def pair(channels=3, dtype=torch.float64):
@@ -102,6 +103,35 @@ def test_no_or_one_valid_entry_is_finite(count):
     moved = bool((ours.running_mean != 0).any())
     assert moved == (count == 1) and ours.running_var.isfinite().all()
     assert (ours.running_var == 1).all() or count == 1
+
+
+def test_a_single_entry_needs_no_validity():
+    """As under a map of one pixel: torch's own refuses it."""
+    ours, same = pair()[0], pair()[0]
+    x = torch.randn(1, 3, 1, dtype=torch.float64, requires_grad=True)
+    out = ours(x)
+    out.sum().backward()
+    assert torch.equal(out.flatten(), ours.bias) and (x.grad == 0).all()
+    assert torch.equal(out, same(x, torch.ones(1, 1, dtype=torch.bool)))
+    assert torch.equal(ours.running_mean, same.running_mean)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_without_momentum_running_statistics_are_means_over_the_batches(masked):
+    """As `torch.optim.swa_utils.update_bn` asks for; a batch without a valid entry is none."""
+    ours, theirs = pair()
+    ours.momentum = theirs.momentum = None
+    if masked:
+        ours(torch.randn(7, 3, dtype=torch.float64), torch.zeros(7, dtype=torch.bool))
+    for _ in range(3):
+        x = torch.randn(7, 3, dtype=torch.float64)
+        valid = torch.arange(7) < 5 if masked else None
+        with untracked(ours):
+            ours(x, valid)
+        ours(x, valid)
+        theirs(x[:5] if masked else x)
+    for name, value in theirs.state_dict().items():
+        assert_close(ours.state_dict()[name].double(), value.double(), name=name)
 
 
 def test_evaluation_ignores_validity():

@@ -16,20 +16,24 @@ def inputs():
     return x, torch.rand(11, 4) > 0.3, torch.randn_like(x)
 
 
-def run(x, valid, cotangent, count=None):
+def run(x, valid, cotangent, count=None, compiled=False):
     """Output, gradients of x, weight and bias, and running statistics."""
     norm = MaskedBatchNorm(3).double()
     norm.synchronised = True
     torch.nn.init.constant_(norm.weight, 1.5)
     x = x.clone().requires_grad_()
-    out = norm(x, valid, count)
+    layer = torch.compile(norm, fullgraph=True, backend="eager") if compiled else norm
+    out = layer(x, valid, count)
     grads = torch.autograd.grad(out, (x, norm.weight, norm.bias), cotangent)
     return out.detach(), *grads, norm.running_mean, norm.running_var, norm.num_batches_tracked
 
 
 def cases(valid, cotangent):
-    """With validity, without, and with as many zeros left out as there are valid entries."""
-    return (valid, cotangent), (None, cotangent), (valid, cotangent, 2 * valid.sum())
+    """With validity, compiled too; without; with as many zeros left out as entries are valid."""
+    yield valid, cotangent, None, True
+    yield valid, cotangent
+    yield None, cotangent
+    yield valid, cotangent, 2 * valid.sum()
 
 
 def process(rank: int, folder: str) -> None:
@@ -48,7 +52,7 @@ def test_two_processes_equal_one(tmp_path):
     shared = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     x, valid, cotangent = inputs()
     for case, arguments in enumerate(cases(valid, cotangent)):
-        whole = run(x, *arguments)
+        whole = run(x, *arguments[:3])
         parts = [shared[rank][case] for rank in range(2)]
         for i in range(2):  # output and gradient of x: a part each
             assert_close(torch.cat([p[i] for p in parts]), whole[i])

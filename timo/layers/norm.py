@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.nn.functional import all_reduce
 
 
 class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -16,8 +15,9 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
     Without `valid`, and in evaluation mode, it is `torch.nn.BatchNorm` itself. With `valid`, in
     training mode, batch statistics and running statistics come from the valid entries alone;
     invalid entries are normalised by them too. Statistics are float32 for half inputs. A batch
-    without a valid entry leaves the running statistics as they are. With `count`, statistics are
-    those of `count` entries: the valid ones, and zeros that x lacks.
+    without a valid entry leaves the running statistics as they are, and a single one is normalised
+    to the bias. With `count`, statistics are those of `count` entries: the valid ones, and zeros
+    that x lacks.
 
     Where `synchronised` is set, a training batch is that of all processes of the default group.
 
@@ -28,7 +28,7 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
         output: as x.
     """
 
-    momentum: float
+    momentum: float | None  # None: running statistics are means over the batches
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -47,11 +47,12 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(x)
         shared = self.synchronised and dist.is_initialized() and dist.get_world_size() > 1
-        if valid is None and count is None and not shared:
+        several = x.numel() > self.num_features  # which torch's own insists on
+        if valid is None and count is None and several and not shared:
             if self.tracking:
                 return super().forward(x)
             mean, var = self.running_mean.clone(), self.running_var.clone()
-            return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
+            return F.batch_norm(x, mean, var, self.weight, self.bias, True, 0.0, self.eps)
         self._check_input_dim(x)
         dims = (0, *range(2, x.ndim))
         channel = (1, -1) + (1,) * (x.ndim - 2)
@@ -63,13 +64,13 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
         count = present + lacking
         if shared:
             dist.all_reduce(count)
-            total = all_reduce(total)
+            total = _SumOfProcesses.apply(total)
         mean = total / count.clamp_min(1)  # [C]
         centred = wide - mean.view(channel)
         spread = _Squares.apply(centred, usable).sum(dims)
         spread = spread + lacking * mean.square()
         if shared:
-            spread = all_reduce(spread)
+            spread = _SumOfProcesses.apply(spread)
         variance = spread / count.clamp_min(1)
         self._track(mean.detach(), variance.detach(), count)
         scale = self.weight * (variance + self.eps).rsqrt()
@@ -80,11 +81,34 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Move the running statistics towards the batch's; the variance is kept unbiased."""
         if not self.tracking:
             return
-        self.num_batches_tracked.add_(1)
-        step = self.momentum * (count > 0).to(self.running_mean.dtype)
+        seen = count > 0
+        self.num_batches_tracked.add_(seen)
+        step = seen.to(self.running_mean.dtype)
+        if self.momentum is None:
+            step = step / self.num_batches_tracked.clamp_min(1)
+        else:
+            step = step * self.momentum
         unbiased = variance * count / (count - 1).clamp_min(1)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), step)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), step)
+
+
+class _SumOfProcesses(torch.autograd.Function):
+    """Sum over the processes of the default group, as is the gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return _sum_of_processes(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _sum_of_processes(grad)
+
+
+def _sum_of_processes(x: Tensor) -> Tensor:
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
 
 
 class _Squares(torch.autograd.Function):
