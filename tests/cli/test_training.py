@@ -5,11 +5,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import yaml
 
-from tests.cli.test_commands import DECODER, pretrain, series  # noqa: F401
+from tests.cli.test_commands import DECODER, QUIET, SMALL, pretrain, run, series  # noqa: F401
 from tests.conftest import REPOSITORY
 from timo.cli.parsing import parse_training, training_parser
-from timo.tasks import PretrainingTask
+from timo.data import SimulatedSeries
+from timo.tasks import ClassificationTask, PretrainingTask, SegmentationTask, load_task
 
 
 @pytest.mark.slow
@@ -56,3 +59,32 @@ def test_the_configuration_of_a_resumed_run_repeats_it(series, tmp_path):  # noq
     for name, epochs in (("config", 1), ("config_2", 2)):
         again = parse_training(parser, ["--config", str(out / f"{name}.yaml")])
         assert again.trainer.max_epochs == epochs and not again.resume
+
+
+class Labelled(SimulatedSeries):
+    """Four small series, each with one label."""
+
+    def __init__(self):
+        super().__init__(4, bands=("B03", "B04"), size=32, dates=2, target=None)
+
+    def __getitem__(self, index: int) -> dict:
+        return super().__getitem__(index) | {"label": torch.tensor(index % 2)}
+
+
+def test_the_printed_configuration_of_a_classification_runs(tmp_path, capsys):
+    out, printed = tmp_path / "out", tmp_path / "printed.yaml"
+    given = [
+        "finetune", "--out", out, "--data.train", "tests.cli.test_training.Labelled",
+        "--task.classes", "[even, odd]", "--task.model", "timo_tiny", "--task.model_options", SMALL,
+        "--task.scores", "weighted", "--task.weight_decay", 0.1, "--trainer.max_steps", 1, *QUIET,
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        run(*given, "--print_config")
+    printed.write_text(capsys.readouterr().out)
+    assert run("finetune", "--config", printed) == 0
+    used = yaml.safe_load((out / "config.yaml").read_text())["task"]
+    assert used["weight_decay"] == 0.1 and used["scores"] == "weighted"
+    for name in ("learning_rate", "warmup", "schedule"):
+        assert used[name] == ClassificationTask.recipe[name] != SegmentationTask.recipe[name]
+    task = load_task(out, Labelled())
+    assert isinstance(task, ClassificationTask) and "test/weighted_f1" in task.test_metrics.keys()

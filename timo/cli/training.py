@@ -28,10 +28,12 @@ def pretrain(arguments: Sequence[str]) -> int:
 def finetune(arguments: Sequence[str]) -> int:
     """Fine-tune from pretrained weights or from scratch.
 
-    Samples with a mask are segmented, those with a label are classified; `task.*` are the arguments
-    of SegmentationTask or ClassificationTask, which differ in their defaults only.
+    Samples with a mask are segmented, those with a label are classified. Both tasks take the same
+    options; learning_rate, weight_decay, warmup and schedule are those of the task's own recipe
+    unless they are given.
     """
-    parser, options = _finetuning(SegmentationTask, arguments)
+    parser = finetuning_parser()
+    options = parse_training(parser, arguments)
     data, normalisation = _data(parser, options)
     sample = data.train[0]
     kind = SegmentationTask if "mask" in sample else ClassificationTask
@@ -40,25 +42,26 @@ def finetune(arguments: Sequence[str]) -> int:
             "data.train: its samples have neither mask nor label; add mask.tif, <date>_mask.tif or "
             "labels="
         )
-    if kind is ClassificationTask:
-        parser, options = _finetuning(kind, arguments)  # its own defaults
     labels = sample[kind.target]
     described = options.task.as_dict() | {"per_frame": by_date(kind.target, labels)}
     described["classes"] = described["classes"] or _classes(data)
     if not described["classes"]:
         raise ValueError('task.classes: name the classes of the labels, as ["land", "water"]')
     task = kind(data.train.bands, **normalisation, **described)
+    for name in task.recipe:
+        options.task[name] = getattr(task, name)
     if task.pretrained_report:
         rank_zero_only(print)(task.pretrained_report)
     _train(task, data, parser, options)
     return 0
 
 
-def _finetuning(task: type[SupervisedTask], arguments: Sequence[str]):
-    """(parser, options) of `timo finetune` with the defaults of `task`."""
-    parser = training_parser("timo finetune", finetune.__doc__, task, {"per_frame", "classes"})
+def finetuning_parser() -> ArgumentParser:
+    """Options of `timo finetune`, for segmentation and classification alike."""
+    derived = {"per_frame", "classes"}
+    parser = training_parser("timo finetune", finetune.__doc__, SupervisedTask, derived)
     parser.add_argument("--task.classes", type=list[str] | None, help="names, in label order")
-    return parser, parse_training(parser, arguments)
+    return parser
 
 
 def _classes(data: SeriesData) -> tuple[str, ...] | None:

@@ -1,8 +1,6 @@
 """Semantic segmentation of series, or of every frame of a series."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 from torchmetrics import MetricCollection
@@ -10,12 +8,10 @@ from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassF1Score,
     MulticlassJaccardIndex,
-    MulticlassPrecision,
-    MulticlassRecall,
 )
 
 from timo.data import IGNORE_INDEX
-from timo.tasks.supervised import SupervisedTask
+from timo.tasks.supervised import SupervisedTask, weighted_scores
 
 
 class SegmentationTask(SupervisedTask):
@@ -24,49 +20,11 @@ class SegmentationTask(SupervisedTask):
     Samples have `mask` (H, W) int64, or (T, H, W) with `per_frame`; pixels that are valid at no
     date, or not at that date, are neither trained on nor measured.
 
-    Args:
-        bands, mean, deviation, scale, offset, model, model_options: see SeriesTask.
-        learning_rate, weight_decay, betas, warmup, schedule: see SeriesTask.
-        classes: names of the classes, in the order of their labels; 255 is ignored.
-        per_frame: a mask for every date, not one for the series.
-        pretrained: checkpoint to start from: a run's model.safetensors, or published weights.
-        class_weights: weights of the classes in the cross-entropy; equal if None.
-        scores: "mean", or "weighted" for precision, recall and F1 weighted by the pixels of each
-            class besides, as the protocol of MTLCC has them.
+    Args: see SupervisedTask.
     """
 
     kind, target = "segmentation", "mask"
-
-    def __init__(
-        self,
-        bands: Sequence[str],
-        mean: Sequence[float] | Tensor,
-        deviation: Sequence[float] | Tensor,
-        scale: Sequence[float] | Tensor,
-        offset: Sequence[float] | Tensor,
-        classes: Sequence[str],
-        per_frame: bool = False,
-        model: str = "timo_base",
-        model_options: dict[str, Any] | None = None,
-        pretrained: str | None = None,
-        class_weights: list[float] | None = None,
-        scores: str = "mean",
-        learning_rate: float = 1e-4,
-        weight_decay: float = 0.01,
-        betas: tuple[float, float] = (0.9, 0.999),
-        warmup: float = 0.0,
-        schedule: str = "constant",
-    ):
-        if scores not in ("mean", "weighted"):
-            raise ValueError(f'scores is {scores!r}; it must be "mean" or "weighted"')
-        self.scores = scores
-        super().__init__(
-            bands, mean, deviation, scale, offset, classes, per_frame, model, model_options,
-            pretrained, class_weights, learning_rate, weight_decay, betas, warmup, schedule,
-        )  # fmt: skip
-
-    def description(self) -> dict:
-        return super().description() | {"scores": self.scores}
+    recipe = {"learning_rate": 1e-4, "weight_decay": 0.01, "warmup": 0.0, "schedule": "constant"}
 
     def metrics(self) -> MetricCollection:
         """IoU and F1 by class (NaN of one that does not occur), their means, overall accuracy."""
@@ -81,11 +39,7 @@ class SegmentationTask(SupervisedTask):
             "accuracy": MulticlassAccuracy(average="micro", **options),
         }
         if self.scores == "weighted":
-            chosen |= {
-                "weighted_precision": MulticlassPrecision(average="weighted", **options),
-                "weighted_recall": MulticlassRecall(average="weighted", **options),
-                "weighted_f1": MulticlassF1Score(average="weighted", **options),
-            }
+            chosen |= weighted_scores(options)
         return MetricCollection(chosen)
 
     def labels_of(self, batch: dict) -> Tensor:

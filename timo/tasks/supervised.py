@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import MulticlassF1Score, MulticlassPrecision, MulticlassRecall
 
 from timo import create_model, load_checkpoint
 from timo.data import IGNORE_INDEX, DataError, physical
@@ -21,21 +22,25 @@ _UNNAMED = re.compile(r"band\d+")  # what a band is called where files do not sa
 class SupervisedTask(SeriesTask):
     """A model that gives logits of classes, and labels to compare them with.
 
-    Subclasses say in `kind` which model of `timo.create_model` it is and in `target` which key of
-    a sample holds the labels, and define `labels_of`, `flat` and `metrics`.
+    Subclasses say in `kind` which model of `timo.create_model` it is, in `target` which key of
+    a sample holds the labels and in `recipe` how it is trained unless arguments say otherwise, and
+    define `labels_of`, `flat` and `metrics`.
 
     Args:
-        bands, mean, deviation, scale, offset, model, model_options: see SeriesTask.
-        learning_rate, weight_decay, betas, warmup, schedule: see SeriesTask.
+        bands, mean, deviation, scale, offset, model, model_options, betas: see SeriesTask.
+        learning_rate, weight_decay, warmup, schedule: see SeriesTask; as in `recipe` if None.
         classes: names of the classes, in the order of their labels; 255 is ignored.
         per_frame: labels for every date, not for the series.
         pretrained: checkpoint to start from: a run's model.safetensors, whose bands must be the
             same, or published weights.
         class_weights: weights of the classes in the cross-entropy; equal if None.
+        scores: "mean", or "weighted" for precision, recall and F1 weighted by the labels of each
+            class besides, as the protocol of MTLCC has them.
     """
 
     kind: str
     target: str
+    recipe: dict[str, Any]
 
     def __init__(
         self,
@@ -45,21 +50,29 @@ class SupervisedTask(SeriesTask):
         scale: Sequence[float] | Tensor,
         offset: Sequence[float] | Tensor,
         classes: Sequence[str],
-        per_frame: bool,
-        model: str,
-        model_options: dict[str, Any] | None,
-        pretrained: str | None,
-        class_weights: list[float] | None,
-        learning_rate: float,
-        weight_decay: float,
-        betas: tuple[float, float],
-        warmup: float,
-        schedule: str,
+        per_frame: bool = False,
+        model: str = "timo_base",
+        model_options: dict[str, Any] | None = None,
+        pretrained: str | None = None,
+        class_weights: list[float] | None = None,
+        scores: str = "mean",
+        learning_rate: float | None = None,
+        weight_decay: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup: float | None = None,
+        schedule: str | None = None,
     ):
+        given = {
+            "learning_rate": learning_rate, "weight_decay": weight_decay, "warmup": warmup,
+            "schedule": schedule,
+        }  # fmt: skip
         super().__init__(
-            bands, mean, deviation, scale, offset, model, model_options,
-            learning_rate, weight_decay, betas, warmup, schedule,
+            bands, mean, deviation, scale, offset, model, model_options, betas=betas,
+            **self.recipe | {name: value for name, value in given.items() if value is not None},
         )  # fmt: skip
+        if scores not in ("mean", "weighted"):
+            raise ValueError(f'scores is {scores!r}; it must be "mean" or "weighted"')
+        self.scores = scores
         self.classes, self.per_frame = tuple(classes), per_frame
         if class_weights is not None and len(class_weights) != len(self.classes):
             raise ValueError(
@@ -82,7 +95,7 @@ class SupervisedTask(SeriesTask):
         self.test_metrics = self.metrics().clone("test/")
 
     def metrics(self) -> MetricCollection:
-        """What validation and test measure, over labels other than 255.
+        """What validation and test measure, over labels other than 255; `scores` says which.
 
         A class that occurs in neither labels nor predictions has no score: NaN, which counts in
         no mean.
@@ -132,7 +145,10 @@ class SupervisedTask(SeriesTask):
         return total / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
 
     def description(self) -> dict:
-        described = {"kind": self.kind, "classes": self.classes, "per_frame": self.per_frame}
+        described = {
+            "kind": self.kind, "classes": self.classes, "per_frame": self.per_frame,
+            "scores": self.scores,
+        }  # fmt: skip
         return super().description() | described
 
     def training_step(self, batch: dict, index: int) -> Tensor:
@@ -173,6 +189,15 @@ class SupervisedTask(SeriesTask):
             for label, one in zip(self.classes, value):
                 self.log(f"{name}/{label}", one)
         metrics.reset()
+
+
+def weighted_scores(options: dict[str, Any]) -> dict[str, Metric]:
+    """Precision, recall and F1 weighted by the labels of each class; `options` of torchmetrics."""
+    return {
+        "weighted_precision": MulticlassPrecision(average="weighted", **options),
+        "weighted_recall": MulticlassRecall(average="weighted", **options),
+        "weighted_f1": MulticlassF1Score(average="weighted", **options),
+    }
 
 
 def _same_bands(pretrained: Path, bands: tuple[str, ...]) -> None:
