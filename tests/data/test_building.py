@@ -1,5 +1,6 @@
 import os
 import pickle
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +223,28 @@ def test_other_settings_other_folders_and_other_builders(tmp_path):
         with pytest.raises(ValueError, match=next(iter(bad))):
             build_store(SeriesSource(series), tmp_path / "store", **bad)
     assert tree(tmp_path / "store") == before
+
+
+@pytest.mark.parametrize("shape", [(16, 16_385), (16_385, 16)])
+def test_headers_beyond_all_measure_are_rejected_unread(tmp_path, shape):
+    root = write_seco(tmp_path / "seco", locations=1, dates=DATES[:3])
+    write_tif(seco_folder(root, 0, 1) / "B3.tif", np.ones(shape, "uint8"))
+    report = build_store(SecoSource(root, 24, None), tmp_path / "store", dates=2)
+    assert report["scenes"] == {"candidates": 3, "accepted": 2, "wrong size": 1}
+    (row,) = rejections(tmp_path / "store")
+    its = f"B3.tif: {shape[0]} x {shape[1]} pixels, at most 16384 a side are read"
+    assert row["detail"].endswith(its)
+
+
+def test_workers_that_end_early(tmp_path, monkeypatch):
+    series = PublishedCorpus(write_published_layout(tmp_path / "in"))
+
+    def broken(*_):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(builder.ProcessPoolExecutor, "submit", broken)
+    with pytest.raises(DataError, match='store: a worker ended.*fewer workers.*== "__main__"'):
+        build_store(SeriesSource(series), tmp_path / "store", workers=1)
 
 
 def test_a_failing_disk_is_no_rejection(tmp_path, monkeypatch):

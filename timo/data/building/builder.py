@@ -201,8 +201,9 @@ def _make_shards(job: _Job, workers: int) -> None:
                 process.terminate()
             if isinstance(error, BrokenProcessPool):
                 raise DataError(
-                    f"{job.out}: a worker was killed, perhaps for want of memory; run the same "
-                    "command again, with fewer workers, to go on"
+                    f"{job.out}: a worker ended early, perhaps for want of memory; run the same "
+                    "command again, with fewer workers, to go on. A script must call build_store "
+                    'under if __name__ == "__main__": as workers import it'
                 ) from error
             raise
 

@@ -13,6 +13,8 @@ import numpy as np
 from timo.data.building.geotags import geo_tags
 from timo.data.windows import import_rasterio
 
+_LARGEST = 16_384  # pixels of a side that is read whole; damaged headers say anything
+
 # Looking for side files would list the folder of every raster.
 _GDAL = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_NUM_THREADS": "1"}
 
@@ -127,6 +129,9 @@ def read_tiff(
             window = None if corner is None else Window(corner[1], corner[0], size, size)
             if window and (corner[0] + size > file.height or corner[1] + size > file.width):
                 raise Unfit("wrong size", f"{path}: has no {size} x {size} pixels at {corner}")
+            if window is None and max(file.shape) > _LARGEST:
+                its = f"{file.height} x {file.width} pixels"
+                raise Unfit("wrong size", f"{path}: {its}, at most {_LARGEST} a side are read")
             pixels = file.read(bands, window=window)
             flags = {flag for band in file.mask_flag_enums for flag in band}
             held = None
