@@ -52,6 +52,16 @@ def test_a_native_checkpoint_knows_its_model(task, tmp_path):
         assert file.metadata()["format"] == "timo"
 
 
+def test_building_a_model_reads_its_file_once(tmp_path, monkeypatch):
+    timo.save_checkpoint(model_of("encoder"), tmp_path / "a.safetensors")
+    opened = []
+    monkeypatch.setattr(
+        "timo.models.checkpoint.safe_open", lambda *args: (opened.append(args), safe_open(*args))[1]
+    )
+    model_from_checkpoint(tmp_path / "a.safetensors")
+    assert len(opened) == 1
+
+
 def test_published_names(tmp_path):
     """Names as model.md §6 lists them."""
     files = {}
@@ -134,6 +144,51 @@ def test_unused_parts_are_left_out_and_reported():
     extra = {f"encoder.{k}": v for k, v in head.items()}
     report = timo.load_checkpoint(segmenter, {**state_of(segmenter), **extra})
     assert set(report.left_out) == set(extra)
+
+
+def wrapped(kind, model):
+    if kind == "compiled":
+        return torch.compile(model)
+    if kind == "parallel":
+        return torch.nn.DataParallel(torch.compile(model))
+    return torch.optim.swa_utils.AveragedModel(model)
+
+
+@pytest.mark.parametrize("kind", ["compiled", "parallel", "averaged"])
+def test_wrapped_models_are_those_inside(kind, tmp_path):
+    model, other = model_of("classification"), model_of("classification", seed=1)
+    timo.save_checkpoint(wrapped(kind, model), tmp_path / "a.safetensors")
+    assert equal(load_file(tmp_path / "a.safetensors"), model.state_dict())
+    assert model_from_checkpoint(tmp_path / "a.safetensors").config == model.config
+    outer = wrapped(kind, other)
+    timo.load_checkpoint(outer, tmp_path / "a.safetensors")
+    inner = outer.module if kind == "averaged" else other
+    assert equal(inner.state_dict(), model.state_dict())
+
+
+def test_named_parts_stay_fresh():
+    """Other bands and other classes."""
+    old, new = model_of("classification"), build("classification", 1, in_chans=5, num_classes=7)
+    before, state = state_of(new), old.state_dict()
+    with pytest.raises(ValueError, match=r"keeps with fresh=\['encoder.stage1.embed.conv'\]"):
+        timo.load_checkpoint(new, state, fresh=["head"])
+    with pytest.raises(ValueError, match="fresh has 'hea', of which the model has no weight"):
+        timo.load_checkpoint(new, state, fresh=["hea"])
+    assert equal(new.state_dict(), before)
+    report = timo.load_checkpoint(new, state, fresh=["encoder.stage1.embed.conv", "head"])
+    kept = {"encoder.stage1.embed.conv.weight", "head.weight", "head.bias"}
+    assert set(report.left_out) == set(report.missing_expected) == kept
+    assert "kept fresh (named in fresh): " in str(report)
+    for name, x in new.state_dict().items():
+        assert torch.equal(x, before[name] if name in kept else state[name])
+    timo.load_checkpoint(new, state, fresh=["stage1.embed.conv.weight", "head"])
+
+
+def test_a_model_without_values_is_refused():
+    with torch.device("meta"):
+        model = timo.create_model("timo_tiny")
+    with pytest.raises(ValueError, match=r"model is on the meta device.*to_empty"):
+        timo.load_checkpoint(model, timo.create_model("timo_tiny").state_dict())
 
 
 def test_a_bare_attention_layer():

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,22 +61,31 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def load_checkpoint(model: nn.Module, path_or_mapping: str | os.PathLike | Mapping) -> LoadReport:
+def load_checkpoint(
+    model: nn.Module,
+    path_or_mapping: str | os.PathLike | Mapping,
+    fresh: Sequence[str] = (),
+) -> LoadReport:
     """Load weights, every one accounted for, or change nothing.
 
     Args:
-        model: what `create_model` returns, or a bare `timo.layers.GyroscopeAttention`.
+        model: what `create_model` returns, or a bare `timo.layers.GyroscopeAttention`; also within
+            `torch.compile`, data parallelism or `torch.optim.swa_utils.AveragedModel`.
         path_or_mapping: a .safetensors file; a published .pth; a run's .ckpt, of which the task's
             model is taken; or a mapping, {"model": state} or the state itself. Names are ours or
             the published ones. A checkpoint of one task loads into a model of another: the encoder
             is what they share.
+        fresh: modules or weights that stay as the model has them, by its names, with "encoder." or
+            without: "stage1.embed.conv" for other bands, "head" (of a segmenter "classifier") for
+            other classes.
 
     Returns:
         What was mapped, left out, and not found though that was expected.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file cannot be read or holds more than tensors and plain values; or keys
+        ValueError: the model is on the meta device or has nothing of a name in `fresh`; the file
+            cannot be read or holds more than tensors and plain values; or keys
             are unexpected, missing, ambiguous or of the wrong shape or kind: names five of them,
             after the options of `create_model` that differ, where the file states them.
     """
@@ -86,13 +95,37 @@ def load_checkpoint(model: nn.Module, path_or_mapping: str | os.PathLike | Mappi
     else:
         source = str(path_or_mapping)
         state = read_checkpoint(Path(path_or_mapping), metadata)
+    return _load(_unwrapped(model), source, state, metadata, fresh)
+
+
+def _load(
+    model: nn.Module, source: str, state: Mapping, metadata: Mapping, fresh: Sequence[str] = ()
+) -> LoadReport:
+    """`load_checkpoint` of what `source` holds."""
     if isinstance(state.get("model"), Mapping):
         state = state["model"]
     elif isinstance(state.get("state_dict"), Mapping):  # of a task, which holds the model as one
         held = state["state_dict"].items()
         state = {k.removeprefix("model."): x for k, x in held if k.startswith("model.")}
     target = {canonical(name): (name, x) for name, x in model.state_dict().items()}
-    report, pairs, errors = _match(state, target)
+    if any(x.is_meta for _, x in target.values()):
+        raise ValueError(
+            "model is on the meta device, where weights have no values; call "
+            'model.to_empty(device="cpu") first, or create it on the device that it is to be on'
+        )
+    kept: set[str] = set()
+    for part in fresh:
+        inside = {
+            name for name, (own_name, _) in target.items()
+            if f"{name}.".startswith(f"{part}.") or f"{own_name}.".startswith(f"{part}.")
+        }  # fmt: skip
+        if not inside:
+            raise ValueError(
+                f"fresh has {part!r}, of which the model has no weight; it must hold beginnings of "
+                f"names, up to a dot, as {next(iter(model.state_dict())).rpartition('.')[0]!r}"
+            )
+        kept |= inside
+    report, pairs, errors = _match(state, target, kept)
     if errors:
         more = [f"and {len(errors) - 5} more"] if len(errors) > 5 else []
         raise ValueError(
@@ -120,7 +153,7 @@ def _differing_options(metadata: Mapping, model: nn.Module) -> list[str]:
 
 
 def _match(
-    state: Mapping, target: dict[str, tuple[str, Tensor]]
+    state: Mapping, target: dict[str, tuple[str, Tensor]], fresh: set[str]
 ) -> tuple[LoadReport, list[tuple[Tensor, Tensor]], list[str]]:
     """Pair the tensors of a checkpoint with those of a model; what does not fit, in words."""
     report, pairs, errors = LoadReport(), [], []
@@ -134,6 +167,8 @@ def _match(
             errors.append(f"{key} is {type(x).__name__}, not a tensor")
         elif unused and _part(name) == "classification head":
             report.left_out[key] = "unused linear head"
+        elif name in fresh:
+            report.left_out[key] = "named in fresh"
         elif name not in target:
             reason = _why_left_out(name, target)
             if reason:
@@ -148,7 +183,8 @@ def _match(
             if x.shape != own.shape:
                 errors.append(
                     f"{key} has shape {tuple(x.shape)}; the model's {own_name} has "
-                    f"{tuple(own.shape)}"
+                    f"{tuple(own.shape)}, which load_checkpoint keeps with fresh="
+                    f"[{own_name.rpartition('.')[0]!r}]"
                 )
             elif x.is_floating_point() != own.is_floating_point():
                 errors.append(f"{key} is {x.dtype}; the model's {own_name} is {own.dtype}")
@@ -160,13 +196,22 @@ def _match(
         if name in found:
             continue
         part = _part(name)
-        if GATE.match(name) and not gates:
+        if name in fresh:
+            report.missing_expected[own_name] = "named in fresh"
+        elif GATE.match(name) and not gates:
             report.missing_expected[own_name] = "a pretraining checkpoint has no gates"
         elif part in ("classification head", "segmentation head") and part not in parts:
             report.missing_expected[own_name] = f"the checkpoint has no {part}"
         else:
             errors.append(f"missing: {own_name}")
     return report, pairs, errors
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`, data parallelism and averages of weights."""
+    children = dict(model.named_children())
+    inner = children.get("_orig_mod", children.get("module"))
+    return model if inner is None else _unwrapped(inner)
 
 
 def _part(name: str) -> str | None:
@@ -188,7 +233,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, format: str = "na
     """Save the weights; a file of that name is replaced only once the new one is complete.
 
     Args:
-        model: what `create_model` returns, or one of its layers.
+        model: what `create_model` returns, or one of its layers; wrapped as in `load_checkpoint`.
         path: where to; its folder must exist. Name native files `.safetensors`.
         format: "native" for safetensors with our names and the arguments of `create_model`;
             "published" for the authors' layout, {"model": state} with their names.
@@ -197,7 +242,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, format: str = "na
         ValueError: unknown format, a native name without .safetensors, or layer scale, which
             published checkpoints do not know.
     """
-    path = Path(path)
+    path, model = Path(path), _unwrapped(model)
     if format not in ("native", "published"):
         raise ValueError(f"format is {format!r}; it must be native or published")
     if (format == "native") != (path.suffix == ".safetensors"):
@@ -237,8 +282,7 @@ def model_from_checkpoint(path: str | os.PathLike) -> nn.Module:
     """
     path = Path(path)
     metadata: dict = {}
-    if path.suffix == ".safetensors":
-        read_checkpoint(path, metadata)
+    state = read_checkpoint(path, metadata)
     config = json.loads(metadata.get("config", "null"))
     if config is None:
         raise ValueError(
@@ -246,7 +290,7 @@ def model_from_checkpoint(path: str | os.PathLike) -> nn.Module:
             "and save native checkpoints from models that create_model made"
         )
     model = create_model(**config)
-    load_checkpoint(model, path)
+    _load(model, str(path), state, metadata)
     return model
 
 
