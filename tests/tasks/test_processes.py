@@ -15,7 +15,7 @@ from timo.tasks import PretrainingTask, SeriesData
 class Scenes(Dataset):
     """Sixteen series of noise."""
 
-    bands, scale, offset = ("x", "y"), torch.ones(2), torch.zeros(2)
+    bands, units, scale, offset = ("x", "y"), "DN", torch.ones(2), torch.zeros(2)
 
     def __len__(self) -> int:
         return 16
