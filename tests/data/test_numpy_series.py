@@ -49,6 +49,16 @@ def test_mask_of_the_series_cloud_mask_and_trailing_axes(tmp_path):
     assert np.array_equal(sample["mask"].numpy(), np.where(mask[0] == 0, 255, mask[0]))
 
 
+@pytest.mark.parametrize("extra", [False, True])
+def test_series_one_pixel_wide(tmp_path, extra):
+    valid, mask = (array[..., :1] for array in companions())
+    stored = [array[..., None] if extra else array for array in (valid, mask)]
+    write_numpy(tmp_path, frames(4)[..., :1], DATES, *stored)
+    sample = NumpySeries(tmp_path, layout="TCHW")[0]
+    assert np.array_equal(sample["valid"].numpy(), valid[BY_DATE])
+    assert np.array_equal(sample["mask"].numpy(), mask[BY_DATE])
+
+
 def test_validity_of_whole_dates(tmp_path):
     write_numpy(tmp_path, frames(4), DATES, np.array([True, False, True, True]))
     valid = NumpySeries(tmp_path)[0]["valid"]

@@ -147,6 +147,17 @@ def test_bands_by_name(tmp_path):
         RasterSeries(tmp_path, bands=["x"])
 
 
+def test_descriptions_of_each_date_give_way_to_stated_names(tmp_path):
+    for folder in "ab":
+        for name in ("2001", "2002"):
+            own = [f"{folder}{name}_{band}" for band in "RGB"]
+            write_tif(tmp_path / folder / f"{name}.tif", frames(1)[0], descriptions=own)
+    with pytest.raises(DataError, match="2002.tif: its band descriptions .* with bands="):
+        RasterSeries(tmp_path)
+    data = RasterSeries(tmp_path, bands=["R", "G", "B"])
+    assert len(data) == 2 and data.bands == ("R", "G", "B")
+
+
 def test_scale_in_the_files(tmp_path):
     paths = write_rasters(tmp_path, ["2001", "2002"], frames(2))
     for path in paths:

@@ -167,7 +167,7 @@ class _WithPlaces(Sampler):
 
 
 class _IntoRing(Dataset):
-    """What workers run; attributes are those of `dataset`."""
+    """What workers run."""
 
     def __init__(self, dataset: LocationSeries, memory: Tensor):
         self.dataset, self._memory = dataset, memory

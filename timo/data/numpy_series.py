@@ -115,12 +115,12 @@ class NumpySeries(WindowedSeries):
         image = frames[(box[0], slice(None), *box[1:])][source.order][:, self._positions]
         valid = np.ones((len(image), h, w), bool)
         if source.valid is not None:
-            held = _without_last(load_array(source.valid))
+            held = _without_last(load_array(source.valid), source.whole)
             held = held[box] if held.ndim == 3 else held[:, None, None]
             valid &= held[source.order] != self.invalid_where
         mask = None
         if source.mask is not None:
-            mask = _without_last(load_array(source.mask))
+            mask = _without_last(load_array(source.mask), source.whole)
             mask = mask[box][source.order] if mask.ndim == 3 else np.array(mask[box[1:]])
         return image, valid, mask
 
@@ -165,9 +165,10 @@ class _Source:
         self.order = order_of(read, [f"{dates_path} entry {i + 1}" for i in range(t)])
         self.dates = [read[i] for i in self.order]
         h, w = self.size
+        self.whole = t, h, w
         for file, shapes in ((self.valid, [(t, h, w), (t,)]), (self.mask, [(h, w), (t, h, w)])):
             if file is not None:
-                held = _without_last(load_array(file))
+                held = _without_last(load_array(file), self.whole)
                 if held.shape not in shapes or held.dtype.kind not in "biu":
                     raise DataError(
                         f"{file}: must be integers or bool of shape {shapes[0]} or {shapes[1]} "
@@ -251,6 +252,7 @@ def _beside(path: Path, name: str | None, defaults: Sequence[str]) -> Path | Non
     return path.parent / name
 
 
-def _without_last(array: np.ndarray) -> np.ndarray:
-    """`array` without a last axis of 1 that follows height and width."""
-    return array[..., 0] if array.ndim > 2 and array.shape[-1] == 1 else array
+def _without_last(array: np.ndarray, whole: tuple[int, ...] | None = None) -> np.ndarray:
+    """`array` without a last axis of 1 that follows height and width; as it is if of `whole`."""
+    extra = array.ndim > 2 and array.shape[-1] == 1 and array.shape != whole
+    return array[..., 0] if extra else array

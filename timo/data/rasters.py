@@ -68,10 +68,11 @@ class RasterSeries(WindowedSeries):
         self.nodata = nodata
         folders = sample_folders(root, samples, holds_rasters, RASTERS)
         self._files = [_scan(folder) for folder in folders]
-        headers = [_one_grid(files) for files in self._files]
+        named = bands is not None
+        headers = [_one_grid(files, named) for files in self._files]
         first, first_path = headers[0], self._files[0].images[0]
         for header, files in zip(headers, self._files):
-            _same_content(first, first_path, header, files.images[0])
+            _same_content(first, first_path, header, files.images[0], named)
         held = _band_names(bands, first, first_path)
         self._positions = select_bands(held, select)
         super().__init__(
@@ -211,14 +212,17 @@ def _scan(folder: Path) -> _Files:
     return _Files(dates, images, valids, masks, mask)
 
 
-def _one_grid(files: _Files) -> _Header:
-    """Header of the first date, after checking that every file of the series shares its grid."""
+def _one_grid(files: _Files, named: bool) -> _Header:
+    """Header of the first date, after checking that every file of the series shares its grid.
+
+    `named`: the bands have names whatever the descriptions in the files.
+    """
     first_path = files.images[0]
     first = _header(first_path)
     for path in files.images[1:]:
         header = _header(path)
         _same_grid(first, first_path, header, path)
-        _same_content(first, first_path, header, path)
+        _same_content(first, first_path, header, path, named)
     for path in filter(None, [*files.valids, *files.masks, files.mask]):
         header = _header(path)
         _same_grid(first, first_path, header, path)
@@ -265,16 +269,21 @@ def _corners(header: _Header) -> tuple[tuple[float, float], tuple[float, float]]
     return (t.c, t.f), (t.a * w + t.b * h + t.c, t.d * w + t.e * h + t.f)
 
 
-def _same_content(first: _Header, first_path: Path, header: _Header, path: Path) -> None:
+def _same_content(
+    first: _Header, first_path: Path, header: _Header, path: Path, named: bool
+) -> None:
     for what, remedy in (
         ("count", "write the same bands for every date"),
         ("dtype", "convert with gdal_translate -ot"),
-        ("descriptions", "write the same bands in the same order for every date"),
+        (
+            "descriptions",
+            "write the same bands in the same order for every date, or name them with bands=",
+        ),
         ("scales", "convert all dates to one scaling: a series has one scale for each band"),
         ("offsets", "convert all dates to one offset: a series has one offset for each band"),
     ):
         its, others = getattr(header, what), getattr(first, what)
-        if its != others:
+        if its != others and not (named and what == "descriptions"):
             name = {"count": "band count", "descriptions": "band descriptions"}.get(what, what)
             raise DataError(
                 f"{path}: its {name} is {its}, that of {first_path} is {others}; {remedy}"
