@@ -1,3 +1,4 @@
+import pickle
 import re
 
 import numpy as np
@@ -6,7 +7,15 @@ import torch
 
 from tests.data.corpora import DATES, scene, write_published_layout
 from timo.cli.build import build_pretraining
-from timo.data import DataError, PublishedCorpus, StoreSeries, open_series, validate_sample
+from timo.data import (
+    DataError,
+    PublishedCorpus,
+    StoreSeries,
+    locations,
+    open_series,
+    published,
+    validate_sample,
+)
 from timo.data.building import SeriesSource, build_store
 from timo.data.published import write_published
 
@@ -100,6 +109,23 @@ def test_the_same_command_again(layout, tmp_path, capsys):
     for _ in range(2):
         assert build_pretraining(arguments) == 0
         assert f"the published layout is {tmp_path / 'out'}" in capsys.readouterr().out
+
+
+def test_maps_are_bounded_and_arrays_are_not_reopened(layout, monkeypatch):
+    lines = (layout / "dates.csv").read_text().splitlines()
+    lines[2] = ",".join(["1", *DATES[9::-1]])  # frames out of order stay on disk as they are
+    (layout / "dates.csv").write_text("\n".join(lines))
+    monkeypatch.setattr(locations, "MOST_MAPS", 2)
+    opened = []
+    real = published.load_array
+    monkeypatch.setattr(published, "load_array", lambda path: opened.append(path) or real(path))
+    series = PublishedCorpus(layout)
+    opened.clear()
+    expected = [series[index]["image"] for index in (0, 1, 0, 1)]
+    assert len(opened) == 2 and torch.equal(expected[1], expected[3])
+    series[2], series[0]
+    assert len(opened) == 4 and len(series._maps) == 2  # 2 took the place of 0
+    assert not pickle.loads(pickle.dumps(series))._maps
 
 
 def rewrite(table, old, new):

@@ -15,6 +15,7 @@ from timo.data import (
     StoreSeries,
     TransformedSeries,
     collate_series,
+    locations,
     open_series,
     validate_sample,
 )
@@ -157,7 +158,7 @@ def test_same_samples_whatever_the_workers(store_path, workers, context):
 
 
 def test_maps_are_bounded_and_shards_are_not_reopened(store_path, monkeypatch):
-    monkeypatch.setattr(store_module, "_MOST_MAPS", 2)
+    monkeypatch.setattr(locations, "MOST_MAPS", 2)
     opened = []
     monkeypatch.setattr(
         store_module.mmap, "mmap",
@@ -175,7 +176,9 @@ def test_maps_are_bounded_and_shards_are_not_reopened(store_path, monkeypatch):
 def test_pickled_store_holds_no_pixels(store_path):
     store = StoreSeries(store_path)
     state = store.__getstate__()
-    assert not state["_maps"] and "_dates" not in state
+    assert "_dates" not in state
+    assert store[0]["image"].any() and store._maps
+    assert not pickle.loads(pickle.dumps(store))._maps
     assert len(pickle.dumps({k: v for k, v in state.items() if k != "_epoch"})) < 20_000
 
 

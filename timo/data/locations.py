@@ -1,7 +1,8 @@
 """Many locations of one shape: windows and dates are drawn before any pixel is read."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from timo.data.contract import DataError, SeriesDataset, select_bands
 from timo.data.transforms import sample_uniforms
 from timo.data.windows import pair
+
+MOST_MAPS = 512  # memory-mapped files a process holds at a time; each keeps one file descriptor
 
 
 class LocationSeries(SeriesDataset):
@@ -153,6 +156,22 @@ class Location(NamedTuple):
     pixels: np.ndarray
     days: np.ndarray
     complete: np.ndarray | None
+
+
+class RecentMaps(OrderedDict):
+    """What was opened for the `MOST_MAPS` keys used last; other processes open it anew."""
+
+    def get_or_open(self, key: int, open_map: Callable[[int], Any]) -> Any:
+        if key not in self:
+            found = open_map(key)
+            while len(self) >= MOST_MAPS:
+                self.popitem(last=False)
+            self[key] = found
+        self.move_to_end(key)
+        return self[key]
+
+    def __reduce__(self):
+        return RecentMaps, ()
 
 
 _TORCH = {"uint8": torch.uint8, "uint16": torch.uint16}

@@ -2,7 +2,6 @@
 
 import csv
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,12 +9,11 @@ import numpy as np
 
 from timo.data.contract import DataError, atomic_folder, with_progress
 from timo.data.dates import leading_date, parse_date, to_days
-from timo.data.locations import Location, LocationSeries, location_dtype
+from timo.data.locations import Location, LocationSeries, RecentMaps, location_dtype
 from timo.data.numpy_series import load_array
 from timo.data.store import StoreSeries
 
 _TABLE = "dates.csv"
-_MOST_MAPS = 512  # memory-mapped files a process holds at a time
 
 
 class PublishedCorpus(LocationSeries):
@@ -70,26 +68,20 @@ class PublishedCorpus(LocationSeries):
             array.shape, location_dtype(array.dtype, first), bands, select, tile, dates, seed,
             "DN", 1.0, 0.0,
         )  # fmt: skip
-        self._maps: OrderedDict[int, Location] = OrderedDict()
+        self._maps = RecentMaps()
 
     def __len__(self) -> int:
         return len(self._locations)
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_maps": OrderedDict()}
-
     def location(self, index: int) -> Location:
-        if index not in self._maps:
-            located = self._open(index)
-            if not isinstance(located.pixels, np.memmap):
-                return located
-            while len(self._maps) >= _MOST_MAPS:
-                self._maps.popitem(last=False)
-            self._maps[index] = located
-        self._maps.move_to_end(index)
-        return self._maps[index]
+        array, days = self._maps.get_or_open(index, self._open)
+        if (np.diff(days) < 0).any():
+            order = np.argsort(days, kind="stable")
+            array, days = np.asarray(array)[order], days[order]
+        return Location(self._locations[index], array, days, None)
 
-    def _open(self, index: int) -> Location:
+    def _open(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The array on disk and the days of its frames, in the order of the file."""
         path = self.root / f"{self._locations[index]}.npy"
         array = load_array(path)
         if array.shape != self.shape or array.dtype != self.dtype:
@@ -97,11 +89,7 @@ class PublishedCorpus(LocationSeries):
                 f"{path}: holds {array.dtype} {array.shape}, the first location {self.dtype} "
                 f"{self.shape}; all must agree"
             )
-        days = self._parsed(index)
-        if (np.diff(days) < 0).any():
-            order = np.argsort(days, kind="stable")
-            array, days = np.asarray(array)[order], days[order]
-        return Location(self._locations[index], array, days, None)
+        return array, self._parsed(index)
 
     def _parsed(self, index: int) -> np.ndarray:
         try:

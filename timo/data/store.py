@@ -17,18 +17,16 @@ import json
 import math
 import mmap
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from timo.data.contract import DataError, with_progress
-from timo.data.locations import Location, LocationSeries, location_dtype
+from timo.data.locations import Location, LocationSeries, RecentMaps, location_dtype
 
 FORMAT = "timo-store-1"
 MANIFEST, INDEX, REPORT, REJECTED = "store.json", "index.arrow", "report.json", "rejected.csv"
-_MOST_MAPS = 512  # memory-mapped shards a process holds at a time; each keeps one file descriptor
 _REMEDY = "fetch the store again, or remove its folder and build it again"
 
 
@@ -65,7 +63,7 @@ class StoreSeries(LocationSeries):
         )  # fmt: skip
         check_sizes(self.path, manifest)
         self._open_index()
-        self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._maps = RecentMaps()
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -74,7 +72,7 @@ class StoreSeries(LocationSeries):
         kept = dict(self.__dict__)
         for name in ("table", "_names", "_shards", "_slots", "_dates", "valid_share"):
             del kept[name]
-        return kept | {"_maps": OrderedDict()}
+        return kept
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -119,17 +117,15 @@ class StoreSeries(LocationSeries):
         return Location(name, self.pixels(index), days[0], complete[0])
 
     def pixels(self, index: int) -> np.ndarray:
-        return self._shard(int(self._shards[index]))[self._slots[index]]
+        shard = self._maps.get_or_open(int(self._shards[index]), self._open_shard)
+        return shard[self._slots[index]]
 
     def described(self, indices: Sequence[int]) -> tuple[list[str], np.ndarray, np.ndarray]:
         rows = np.asarray(indices)
         names = self._names.take(rows).to_pylist()
         return names, self._dates[rows], self.valid_share[rows] == 1
 
-    def _shard(self, number: int) -> np.ndarray:
-        if number in self._maps:
-            self._maps.move_to_end(number)
-            return self._maps[number]
+    def _open_shard(self, number: int) -> np.ndarray:
         path = self.path / shard_name(number)
         shape = (self.manifest["shards"][number], *self.shape)
         header = shard_header(shape, self.dtype)
@@ -140,11 +136,7 @@ class StoreSeries(LocationSeries):
             raise DataError(f"{path}: cannot be read ({error}); {_REMEDY}") from None
         if len(content) != shard_bytes(shape, self.dtype) or content[: len(header)] != header:
             raise DataError(f"{path}: does not hold {self.dtype} {shape}; {_REMEDY}")
-        shard = np.frombuffer(content, self.dtype, offset=len(header)).reshape(shape)
-        while len(self._maps) >= _MOST_MAPS:
-            self._maps.popitem(last=False)
-        self._maps[number] = shard
-        return shard
+        return np.frombuffer(content, self.dtype, offset=len(header)).reshape(shape)
 
 
 def shard_name(number: int) -> str:
