@@ -32,6 +32,17 @@ def test_the_stem_is_the_sequence_of_its_parts():
     assert stem.conv.bias is None
 
 
+def test_an_exported_merging_takes_maps_of_any_size():
+    """Up to sixteen tokens it computes otherwise where it runs as it is."""
+    merging = PatchMerging(4, 6).double().eval()
+    sides = {i: torch.export.Dim("hw"[i - 1], min=3, max=64) for i in (1, 2)}
+    example = torch.randn(2, 8, 6, 4, dtype=torch.float64)
+    exported = torch.export.export(merging, (example,), dynamic_shapes=(sides,)).module()
+    for h, w in ((8, 6), (3, 4), (20, 17)):
+        x = torch.randn(2, h, w, 4, dtype=torch.float64)
+        assert_same(exported(x), merging(x))
+
+
 def test_merging_pads_each_map_with_zeros():
     merging = PatchMerging(4, 6).double()
     x = torch.randn(2, 5, 8, 4, dtype=torch.float64)

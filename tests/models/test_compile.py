@@ -1,4 +1,4 @@
-"""Models compile into one graph."""
+"""Models compile into one graph, and export into one for any batch and number of dates."""
 
 import pytest
 import torch
@@ -63,3 +63,15 @@ def test_masked_autoencoder(statistics):
     for p, exact in zip(model.parameters(), grads):
         assert_same(p.grad, exact)
     assert compiled(frames).visible_ids.shape == (2, 1)  # drawn within the graph
+
+
+@pytest.mark.parametrize("dim, name", enumerate("BT"))
+def test_exported_classifiers_take_any_batch_or_dates(dim, name):
+    model = build("classification", num_classes=3, depths=(1, 1, 1, 1)).float()
+    sizes = {dim: torch.export.Dim(name, min=1, max=64)}
+    example = (series().float(), None, clouds())
+    exported = torch.export.export(model, example, dynamic_shapes=(sizes, None, sizes)).module()
+    for size in (1, 5):
+        shape = (size, 3) if name == "B" else (2, size)
+        inputs = series(*shape).float(), None, clouds(*shape)
+        torch.testing.assert_close(exported(*inputs), model(*inputs))

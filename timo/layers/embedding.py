@@ -68,7 +68,8 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] * x.shape[2] <= SMALL:
+        # An exported graph is for all sizes of its dynamic dimensions: no test binds them.
+        if not torch.compiler.is_exporting() and x.shape[1] * x.shape[2] <= SMALL:
             # Not Tensor.unfold: Inductor compiles the gradient of overlapping windows on CPUs to
             # writes outside of its buffers (torch 2.13).
             h, w = x.shape[1:3]

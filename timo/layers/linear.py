@@ -27,7 +27,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     the time there. Elsewhere, and in other dtypes, this is `torch.nn.functional.linear`.
     """
     plain = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not (plain and x.device.type == "cpu" and x.numel() >= ROWS * x.shape[-1] and _slow_mkl()):
+    plain = plain and x.device.type == "cpu"
+    # Sizes come last: where graphs are exported, a test of them would bind the dynamic ones.
+    if not (plain and _slow_mkl() and x.numel() >= ROWS * x.shape[-1]):
         return F.linear(x, weight, bias)
     y = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # channels last, as it lies
     y = F.conv2d(y, weight[:, :, None, None], bias)
