@@ -1,5 +1,7 @@
 """The pretraining step: one graph, compiled once, and nothing in it that waits for the device."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -78,6 +80,28 @@ def test_never_waits_for_the_device(masking, valid, monkeypatch):
         result.loss.backward()
         assert result.visible_ids.is_meta and result.visible_ids.shape == (2, 3)
         assert all(p.grad is not None for p in model.parameters())
+
+
+def pretraining() -> PretrainingTask:
+    return PretrainingTask(("x", "y"), **UNITS, model="timo_tiny", model_options=OPTIONS)
+
+
+def test_biases_norms_and_the_mask_token_are_not_decayed(monkeypatch):
+    monkeypatch.setattr(PretrainingTask, "trainer", SimpleNamespace(estimated_stepping_batches=10))
+    task = pretraining()
+    decayed, kept = task.configure_optimizers()["optimizer"].param_groups
+    assert decayed["weight_decay"] == 0.05 and kept["weight_decay"] == 0
+    names = {parameter: name for name, parameter in task.named_parameters()}
+    assert all(names[p].endswith("weight") and "norm" not in names[p] for p in decayed["params"])
+    assert "model.decoder.mask_token" in {names[p] for p in kept["params"]}
+    assert len(names) == len(decayed["params"]) + len(kept["params"])
+
+
+def test_norms_that_know_no_validity_are_refused():
+    """What Lightning's Trainer(sync_batchnorm=True) has done by then."""
+    task = torch.nn.SyncBatchNorm.convert_sync_batchnorm(pretraining())
+    with pytest.raises(ValueError, match="set task.model_options.sync_batchnorm"):
+        task.on_fit_start()
 
 
 def test_options_are_checked():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 
@@ -93,6 +93,11 @@ class SeriesTask(LightningModule):
         self.offset.copy_(dataset.offset)
 
     def on_fit_start(self) -> None:
+        if any(isinstance(module, nn.SyncBatchNorm) for module in self.modules()):
+            raise ValueError(
+                "trainer.sync_batchnorm is true, which puts norms without validity in place of "
+                "the model's; leave it false and set task.model_options.sync_batchnorm to true"
+            )
         self.units = self.trainer.datamodule.train.units
 
     def description(self) -> dict:
@@ -121,9 +126,10 @@ class SeriesTask(LightningModule):
 
     def configure_optimizers(self) -> dict:
         decayed, kept = [], []
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                (decayed if parameter.ndim > 1 else kept).append(parameter)
+                matrix = parameter.ndim > 1 and not name.endswith("mask_token")
+                (decayed if matrix else kept).append(parameter)
         groups = [
             {"params": decayed, "weight_decay": self.weight_decay},
             {"params": kept, "weight_decay": 0.0},
