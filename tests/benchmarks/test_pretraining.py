@@ -57,6 +57,16 @@ def test_a_wrong_form_is_not_timed(monkeypatch):
     assert "loss differs by 1.0e-03" in markdown({}, list(wrong.values()))
 
 
+def test_a_wrong_compiled_form_is_not_timed(monkeypatch):
+    case = bench(monkeypatch)
+    fast = case.calls[pretraining.FAST]
+    for factor, right in ((1.0, True), (1.5, False)):
+        case.calls[pretraining.COMPILED] = lambda frames, by=factor: fast(frames) * by
+        row = {row["name"]: row for row in case.rows(0.0, 1e9)}[pretraining.COMPILED]
+        assert row["parity"] == bool(row["seconds"]) == right
+    assert row["note"] == "loss differs by 5.0e-01"
+
+
 def test_a_form_without_memory_leaves_the_others(monkeypatch):
     def full(frames):
         if torch.is_grad_enabled():  # not where losses are compared
