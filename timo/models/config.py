@@ -81,6 +81,10 @@ def resolve(name: str, task: str, in_chans: int, num_classes: int | None, overri
             shown = " or ".join(map(repr, known))
             raise ValueError(f"{key} is {options[key]!r}; it must be {shown}")
     _check_stages(options)
+    scale = options["layer_scale"]
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if scale is not None and not (number and 0 < scale < float("inf")):
+        raise ValueError(f"layer_scale is {scale!r}; it must be None or a positive number")
     if task == "mae":
         for key in ("decoder_embed_dim", "decoder_num_heads", "decoder_depth"):
             _positive(key, options[key])
