@@ -30,7 +30,7 @@ lint: .venv/installed
 
 # One thread each: tests are many small problems, on which threads wait for each other.
 unit: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal tests
 
 # Triton's kernels on the CPU; the interpreter must be chosen before triton is imported.
 interpreter: install

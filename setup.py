@@ -1,7 +1,8 @@
-"""Build of `timo._C`: pybind11 without torch headers, with CUDA where nvcc is found.
+"""Build of `timo._C`: pybind11 without torch headers, with CUDA where nvcc and its library are.
 
-Environment: TIMO_CUDA=1 makes a missing nvcc an error, TIMO_CUDA=0 leaves CUDA out;
-TIMO_CUDA_ARCHS lists architectures ("80;90a;100;120+PTX"); CXX (a gcc), MAX_JOBS as usual.
+Environment: TIMO_CUDA=1 makes it an error if they are missing, TIMO_CUDA=0 leaves CUDA out;
+TIMO_CUDA_ARCHS lists architectures, by default those of "80;90a;100;120+PTX" that nvcc knows;
+CXX (a gcc), MAX_JOBS as usual.
 """
 
 import os
@@ -31,32 +32,35 @@ NVCC_FLAGS = (
 FOLDERS = {"timo.kernels": "kernels", "timo.benchmarks": "benchmarks"}
 
 
-def find_nvcc() -> str | None:
+def find_cuda() -> tuple[str, Path] | None:
+    """nvcc and the folder of its static runtime library."""
     wanted = os.environ.get("TIMO_CUDA", "auto")
     if wanted == "0":
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = (home and f"{home}/bin/nvcc", shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc")
     nvcc = next((c for c in candidates if c and os.path.exists(c)), None)
-    if nvcc is None and wanted == "1":
-        raise SystemExit("TIMO_CUDA=1 but no nvcc was found: set CUDA_HOME, or TIMO_CUDA=0")
-    return nvcc
-
-
-def cudart_folder(nvcc: str) -> Path:
-    roots = (Path(nvcc).resolve().parent.parent, Path("/usr/local/cuda"))
+    roots = (*([Path(nvcc).resolve().parent.parent] if nvcc else []), Path("/usr/local/cuda"))
     folders = [root / lib for root in roots for lib in ("lib64", "lib")]
-    found = next((f for f in folders if (f / "libcudart_static.a").exists()), None)
-    if found is None:
-        raise SystemExit(
-            f"{nvcc} has no libcudart_static.a beside it: set TIMO_CUDA=0 to build without"
-        )
-    return found
+    folders.append(Path("/usr/lib/x86_64-linux-gnu"))
+    library = next((f for f in folders if (f / "libcudart_static.a").exists()), None)
+    if nvcc and library:
+        return nvcc, library
+    missing = f"{nvcc} has no libcudart_static.a beside it" if nvcc else "no nvcc was found"
+    if wanted == "1":
+        raise SystemExit(f"TIMO_CUDA=1 but {missing}: set CUDA_HOME, or TIMO_CUDA=0")
+    print(f"timo: CUDA left out ({missing})", flush=True)
+    return None
 
 
-def gencode() -> str:
+def gencode(nvcc: str) -> str:
+    archs = os.environ.get("TIMO_CUDA_ARCHS", "").split(";")
+    if archs == [""]:
+        listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+        known = {line.removeprefix("compute_") for line in listed.split()}
+        archs = [a for a in ("80", "90a", "100", "120+PTX") if re.match(r"\d+", a)[0] in known]
     flags = []
-    for arch in os.environ.get("TIMO_CUDA_ARCHS", "80;90a;100;120+PTX").split(";"):
+    for arch in archs:
         number = arch.removesuffix("+PTX")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
@@ -79,8 +83,9 @@ class BuildWithNinja(build_ext):
         import ninja
         import pybind11
 
-        nvcc = find_nvcc()
-        print(f"timo: CUDA {'with ' + nvcc if nvcc else 'left out (no nvcc)'}", flush=True)
+        nvcc, cudart = find_cuda() or (None, None)
+        if nvcc:
+            print(f"timo: CUDA with {nvcc}", flush=True)
         variant = f"obj-{sys.implementation.cache_tag}-{'cuda' if nvcc else 'cpu'}"
         objects = ROOT / "build" / variant
         objects.mkdir(parents=True, exist_ok=True)
@@ -102,11 +107,11 @@ class BuildWithNinja(build_ext):
             tool = shlex.quote(nvcc)
             rules += [
                 f"rule nvcc\n  command = {tool} --version > $out.ptxas && "
-                f"{tool} -MD -MF $out.d {NVCC_FLAGS} {gencode()} {include} "
+                f"{tool} -MD -MF $out.d {NVCC_FLAGS} {gencode(nvcc)} {include} "
                 "-c $in -o $out 2>> $out.ptxas || (cat $out.ptxas; exit 1)",
                 "  depfile = $out.d\n  deps = gcc",
             ]
-            folder = shlex.quote(f"-L{cudart_folder(nvcc)}")
+            folder = shlex.quote(f"-L{cudart}")
             libraries = f"{folder} -lcudart_static -lrt -ldl -lpthread"
         built = []
         for source in ext.sources:

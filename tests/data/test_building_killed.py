@@ -118,12 +118,18 @@ def test_workers_give_the_same_bytes_and_end_with_their_build(tmp_path, small_sh
     source = seco(tmp_path)
     build_store(source, tmp_path / "whole")
     out = tmp_path / "store"
-    child = in_child(lambda: build_store(source, out, workers=2))
-    deadline = time.monotonic() + 60
-    while not list(out.glob("parts/*.json")) and time.monotonic() < deadline:
+
+    def unfinished():
+        builder._finish = lambda job: signal.pause()  # however late the signal comes
+        build_store(source, out, workers=2)
+
+    child = in_child(unfinished)
+    while not list(out.glob("parts/*.json")):
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the build ended early"
         time.sleep(0.005)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    deadline = time.monotonic() + 600
     while members(child) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not members(child), "workers outlive a killed build"

@@ -72,6 +72,7 @@ def compiled_small_maps(rank: int) -> None:
         assert_close(got, exact, plain)
 
 
-def test_small_maps_compiled_by_inductor():
+def test_small_maps_compiled_by_inductor(tmp_path, monkeypatch):
     """The gradient of overlapping `unfold`s writes outside of its buffers with two threads."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # code of other CPUs may be cached
     multiprocessing.spawn(compiled_small_maps, nprocs=1)  # which that would end

@@ -202,7 +202,7 @@ def test_offsets_beyond_32_bits(backend):
     assert (values == 2).all() and (indices == 3).all()
 
 
-def test_interpreter_was_on_where_the_suite_asks_for_it():
+def test_triton_interpreter_was_on_where_the_suite_asks_for_it():
     """`make test` sets TRITON_INTERPRET=1 for the kernels' tests; then they must not be skipped."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("TRITON_INTERPRET is not 1")

@@ -3,12 +3,13 @@
 Usage: python tests/wheel/run.py build/wheel/timo-*.whl
 """
 
-import shutil
 import subprocess
 import sys
 import tempfile
 import venv
 from pathlib import Path
+
+from timo.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,9 +20,9 @@ def main(wheel: str) -> None:
         python = Path(folder, "bin", "python")
         pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
         subprocess.run([*pip, "-c", ROOT / "constraints.txt", Path(wheel).resolve()], check=True)
-        nvcc = "yes" if shutil.which("nvcc") else "no"
+        cuda = "yes" if dispatch.compiled().has_cuda else "no"  # as the build of the repository
         smoke = Path(__file__).with_name("smoke.py")
-        subprocess.run([python, "-I", smoke, nvcc], check=True, cwd=folder)
+        subprocess.run([python, "-I", smoke, cuda], check=True, cwd=folder)
 
 
 if __name__ == "__main__":
