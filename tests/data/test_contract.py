@@ -212,3 +212,8 @@ except ImportError as error:
     assert run.stdout == "reading and writing rasters needs rasterio: pip install timo[geo]\n", (
         run.stderr
     )
+
+
+def test_bases_are_no_datasets():
+    with pytest.raises(TypeError, match="abstract.*__len__"):
+        SeriesDataset(["red"], "DN", 1.0, 0.0)

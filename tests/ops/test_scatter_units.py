@@ -100,6 +100,12 @@ def test_position_gradient_is_summed_in_float32():
     out = scatter_units(tokens, ids, mask_token, position)
     (grad,) = torch.autograd.grad(out, position, cotangent)
     assert torch.equal(grad, torch.ones_like(position))
+    cotangent = cotangent.double()
+    cotangent[0], cotangent[1] = 2.0**30, 0.5 - 2.0**30  # sums of float64 tokens are float64
+    position = position.detach().float().requires_grad_()
+    out = scatter_units(tokens.double(), ids, mask_token, position)
+    (grad,) = torch.autograd.grad(out, position, cotangent)
+    assert torch.equal(grad, torch.full_like(position, 0.5))
 
 
 def test_opcheck():

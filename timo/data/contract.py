@@ -21,6 +21,7 @@ import math
 import os
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,7 @@ class DataError(ValueError):
     """A file or a sample is not what it must be; the message names it and the remedy."""
 
 
-class SeriesDataset(Dataset):
+class SeriesDataset(Dataset, ABC):
     """Base of the datasets: states bands and units, computes statistics.
 
     Args:
@@ -63,8 +64,9 @@ class SeriesDataset(Dataset):
         if (self.scale == 0).any():
             raise ValueError(f"scale: must not be 0, got {self.scale.tolist()}")
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Number of samples."""
 
     def statistics(self, max_samples: int = 256) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation per band over valid physical pixels, float32 (C,) each.

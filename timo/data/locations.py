@@ -1,5 +1,6 @@
 """Many locations of one shape: windows and dates are drawn before any pixel is read."""
 
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -128,9 +129,9 @@ class LocationSeries(SeriesDataset):
         frames = np.sort(np.argsort(draws[:, 2:], axis=1, kind="stable")[:, : self.num_dates])
         return corner[:, 0].tolist(), corner[:, 1].tolist(), frames.tolist()
 
+    @abstractmethod
     def location(self, index: int) -> "Location":
         """Whole location `index`."""
-        raise NotImplementedError
 
     def pixels(self, index: int) -> np.ndarray:
         """`location(index).pixels`."""

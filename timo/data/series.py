@@ -1,5 +1,6 @@
 """Series on disk as a dataset of windows: what raster and NumPy series have in common."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,11 +172,11 @@ class WindowedSeries(SeriesDataset):
             )
         return mask
 
+    @abstractmethod
     def _read(
         self, number: int, row: int, col: int, h: int, w: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Image (T, C, h, w) as on disk, valid bool (T, h, w), mask (h, w) or (T, h, w) or None."""
-        raise NotImplementedError
 
 
 def tensor_dtype(dtype: np.dtype) -> np.dtype:

@@ -154,7 +154,8 @@ def _backward(ctx, grad):
     )
     position = None
     if ctx.needs_input_grad[3]:
-        position = grad.sum(0, dtype=accumulation(ctx.position_dtype)).to(ctx.position_dtype)
+        wide = accumulation(torch.promote_types(grad.dtype, ctx.position_dtype))
+        position = grad.sum(0, dtype=wide).to(ctx.position_dtype)
     return tokens, None, mask_token, position, None
 
 

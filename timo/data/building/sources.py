@@ -1,5 +1,6 @@
 """Where the scenes of a store come from."""
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Content:
     offset: tuple[float, ...] = ()
 
 
-class Source:
+class Source(ABC):
     """Base: names of locations in an order that does not depend on the file system, and scenes.
 
     Workers read; sources travel to them, so they hold settings and names only.
@@ -52,13 +53,13 @@ class Source:
         """What else tells one source from another when a build goes on."""
         return {}
 
+    @abstractmethod
     def names(self) -> list[str]:
         """Locations, sorted."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, name: str) -> Candidates:
         """Every scene of a location; what cannot be read is among the rejected."""
-        raise NotImplementedError
 
 
 class TiffSource(Source):
@@ -73,9 +74,9 @@ class TiffSource(Source):
             raise DataError(f"root: {root} is not a folder")
         self.root, self.size = root, size
 
+    @abstractmethod
     def scenes_of(self, folder: Path) -> list["Files"]:
         """Files of every scene in the folder of a location, ascending by name."""
-        raise NotImplementedError
 
     def load(self, name: str) -> Candidates:
         folder, corner = name, ""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,13 @@ class PublishedSeries(SeriesDataset):
         """Number of dates of every sample, without reading it."""
         return [self._length(name) for name in self.names]
 
+    @abstractmethod
     def _sample(self, name: str) -> dict:
-        raise NotImplementedError
+        """Sample `name` as it lies on disk, cleaned."""
 
+    @abstractmethod
     def _length(self, name: str) -> int:
-        raise NotImplementedError
+        """Number of dates of sample `name`, without reading it."""
 
 
 def split_hash(names: Iterable[str]) -> str:
