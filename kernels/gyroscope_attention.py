@@ -13,17 +13,11 @@ from torch import Tensor
 
 from timo.kernels import gyroscope_attention_config as config
 from timo.kernels.gyroscope_attention_backward import temporal_key_kernel, temporal_query_kernel
-from timo.kernels.gyroscope_attention_backward_spatial import (
-    spatial_key_kernel,
-    spatial_query_kernel,
-)
-from timo.kernels.gyroscope_attention_forward import (
-    BY_DATE,
-    BY_POSITION,
-    NONE,
-    spatial_kernel,
-    temporal_kernel,
-)
+from timo.kernels.gyroscope_attention_backward_keys import spatial_key_kernel
+from timo.kernels.gyroscope_attention_backward_queries import spatial_query_kernel
+from timo.kernels.gyroscope_attention_backward_values import spatial_value_kernel
+from timo.kernels.gyroscope_attention_blocks import BY_DATE, BY_POSITION, NONE
+from timo.kernels.gyroscope_attention_forward import spatial_kernel, temporal_kernel
 from timo.kernels.launch import grid
 
 
@@ -59,9 +53,10 @@ def forward(q, k, v, q_median, k_median, gate, valid, scale) -> tuple[Tensor, Te
                     q_median, k_median, v, gate, usable, take_part, out, lse, spatial
                 )),
                 H, T, N, float(scale),
-                VALIDITY=kind, OWN=own, LEAST=1 / most(q.dtype), PRECISION=precision(q.dtype),
-                D=D, DP=config.padded(D), BM=tile.queries, BN=tile.keys,
-                BK=config.first_keys(tile, q.dtype), WIDTHS=tile.widths, TT=TT, TV=TV,
+                VALIDITY=kind, OWN=own, EXACT=exact(tile, dates, D), LEAST=1 / most(q.dtype),
+                PRECISION=precision(q.dtype), D=D, DP=config.padded(D),
+                BM=tile.queries, BN=tile.keys, BK=config.first_keys(tile, q.dtype),
+                WIDTHS=tile.widths, TT=TT, TV=TV,
                 num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.registers,
             )  # fmt: skip
 
@@ -115,16 +110,18 @@ def backward(
             "VALIDITY": kind, "PRECISION": precision(q.dtype), "D": D, "DP": config.padded(D)
         }  # fmt: skip
 
-        def spatial_pass(kernel, tile, block, tiles, *tensors, own=False, dk):
+        def launch(kernel, tile, dates, block, *tensors, own, flags=False, **options):
+            """Over tiles of dates; a second launch, `own`, takes one date after the other."""
             TT, TV = sizes(tile)
-            flags = usable
-            if kind == BY_POSITION.value and not own:
+            if flags:
                 dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
-                flags = columns(usable, TT, TV, dtype)
-            kernel[grid(B * H, tiles, triton.cdiv(N, block))](
-                *tensors, *map(Tensor.stride, tensors), flags, H, T, N, float(scale),
-                OWN=own, DK=dk, **constants, WIDTHS=tile.widths, TT=TT, TV=TV,
-                BM=tile.queries, BN=tile.keys,
+                by_delta = kind == BY_POSITION.value and not own
+                options |= {"p_columns": columns(usable, TT, TV, dtype) if by_delta else usable}
+                options |= {"TV": TV, "HELD": config.held(q.dtype, capability(q))}
+            kernel[grid(B * H, 1 if own else triton.cdiv(T, TT), triton.cdiv(N, block))](
+                *tensors, *map(Tensor.stride, tensors), H=H, T=T, N=N, scale=float(scale),
+                OWN=own, EXACT=exact(tile, dates, D), **constants, **options,
+                WIDTHS=tile.widths, TT=TT, BM=tile.queries, BN=tile.keys,
                 num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.registers,
             )  # fmt: skip
 
@@ -136,45 +133,61 @@ def backward(
             """Sums over the dates of a tile, where all dates have the same keys."""
             if kind == BY_POSITION.value:
                 return share
-            return torch.stack([x.sum(1) for x in share.split(sum(tile.widths), 1)], 1)
+            parts = share.permute(0, 3, 1, 2).split(sum(tile.widths), 2)  # (B, H, dates, N)
+            return torch.stack([x.sum(2) for x in parts], 2).permute(0, 2, 3, 1)
 
-        def tile_of(name, dates, launch):
+        def tile_of(name, dates, second=False):
+            launch = 2 if second else int(kind == BY_POSITION.value)
             return config.tile(name, dates, D, q.dtype, launch, capability(q))
 
-        launch = int(kind == BY_POSITION.value)
         inputs = q_median, k_median, v
-        shared = spatial_lse[:, None].expand(B, T, N, H)
-        tile = tile_of("values" if atomic else "keys", T, launch)
-        tiles = triton.cdiv(T, sum(tile.widths))
-        dk_slots = slots(1).zero_() if atomic else slots(tiles)
-        spatial_pass(
-            spatial_key_kernel, tile, tile.keys, tiles,
-            *inputs, scaled, usable, shared, share if atomic else of_tiles(share, tile), seen, dv,
-            dk_slots, dk=not atomic,
+        # Positions adjacent.
+        shared = spatial_lse.transpose(1, 2).contiguous().transpose(1, 2)[:, None]
+        shared = shared.expand(B, T, N, H)
+        tile = tile_of("values", T)
+        launch(
+            spatial_value_kernel, tile, T, tile.keys,
+            q_median, k_median, scaled, usable, shared, seen, dv, own=False,
         )  # fmt: skip
-        tile = tile_of("both" if atomic else "queries", T, launch)
+        if atomic:
+            dk_slots = slots(1).zero_()
+        else:
+            tile = tile_of("keys", T)
+            dk_slots = slots(triton.cdiv(T, sum(tile.widths)))
+            launch(
+                spatial_key_kernel, tile, T, tile.keys,
+                *inputs, scaled, usable, shared, of_tiles(share, tile), seen, dk_slots,
+                own=False, flags=True,
+            )  # fmt: skip
+        tile = tile_of("both" if atomic else "queries", T)
         dq_slots = slots(triton.cdiv(T, sum(tile.widths)))
-        spatial_pass(
-            spatial_query_kernel, tile, tile.queries, len(dq_slots),
+        launch(
+            spatial_query_kernel, tile, T, tile.queries,
             *inputs, scaled, on_any_date(seen, kind), shared, of_tiles(share, tile),
-            dq_slots, dk_slots, dk=atomic,
+            dq_slots, dk_slots, own=False, flags=True, DK=atomic,
         )  # fmt: skip
         if kind == BY_POSITION.value:
             some = own.isfinite().any(2).view(torch.uint8)
-            tile = tile_of("keys", 1, 2)
-            spatial_pass(
-                spatial_key_kernel, tile, tile.keys, 1,
-                *inputs, grad, usable, own, delta, some, dv, dk_slots, own=True, dk=True,
+            tile = tile_of("values", 1, second=True)
+            launch(
+                spatial_value_kernel, tile, 1, tile.keys,
+                q_median, k_median, grad, usable, own, some, dv, own=True,
             )  # fmt: skip
-            tile = tile_of("queries", 1, 2)
-            spatial_pass(
-                spatial_query_kernel, tile, tile.queries, 1,
-                *inputs, grad, bias(usable), own, delta, dq_slots, dk_slots, own=True, dk=False,
+            tile = tile_of("keys", 1, second=True)
+            launch(
+                spatial_key_kernel, tile, 1, tile.keys,
+                *inputs, grad, usable, own, delta, some, dk_slots, own=True, flags=True,
             )  # fmt: skip
-    dk_median = dk_slots.sum(0)
+            tile = tile_of("queries", 1, second=True)
+            launch(
+                spatial_query_kernel, tile, 1, tile.queries,
+                *inputs, grad, bias(usable), own, delta, dq_slots, dk_slots,
+                own=True, flags=True, DK=False,
+            )  # fmt: skip
+    dq_median, dk_median = map(over_slots, (dq_slots, dk_slots))
     if valid is not None:
         dk_median = torch.where(seen[:, 0, :, None, None] != 0, dk_median, 0)
-    return dq, dk, dv, dq_slots.sum(0).to(q.dtype), dk_median.to(q.dtype), dgate
+    return dq, dk, dv, dq_median.to(q.dtype), dk_median.to(q.dtype), dgate
 
 
 def validity(valid: Tensor | None, v: Tensor, *medians: Tensor):
@@ -220,6 +233,16 @@ def sizes(tile: config.Tile) -> tuple[int, int]:
     """Dates of a tile, and columns of a matrix that holds a number for each."""
     dates = sum(tile.widths)
     return dates, max(16, triton.next_power_of_2(dates))
+
+
+def over_slots(x: Tensor) -> Tensor:
+    """Sum over the slots (slots, ...); a single one costs no pass over memory."""
+    return x.sum(0) if len(x) > 1 else x[0]
+
+
+def exact(tile: config.Tile, dates: int, head_dim: int) -> bool:
+    """Whether tiles of dates and heads need no masks."""
+    return dates % sum(tile.widths) == 0 and config.padded(head_dim) == head_dim
 
 
 def most(dtype: torch.dtype) -> float:

@@ -6,23 +6,30 @@ The weights are computed again from the logarithms that forward saved. With
 1. `temporal_query_kernel`: gradients of q and of the gate, and per query what the others need:
    `do' = c * do`, `delta = do . out` and `c * delta`.
 2. `temporal_key_kernel`: gradient of k, and the temporal part of that of v.
-3. `spatial_key_kernel`: `dv[t] += P^T do'[t]` and `dk_median = dE^T q_median`.
-4. `spatial_query_kernel`: `dq_median = dE k_median`, dE = P * sum_t (do'[t] . v[t] - c delta[t]).
+3. `spatial_value_kernel`: `dv[t] += P^T do'[t]`.
+4. `spatial_key_kernel`: `dk_median = dE^T q_median`, dE = P * sum_t (do'[t] . v[t] - c delta[t]).
+5. `spatial_query_kernel`: `dq_median = dE k_median`.
 
-A pass per operand: 2 N² D (3 T + 4 date tiles) FLOP per sample and head. Partial sums in one pass
-would need 2 N² D (2 T + 3 date tiles), but hold a dk_median and a dv per block of queries:
-(T + 1) N² D / 128 numbers a head, which is what the factored form exists to avoid. dE is a sum over
-dates, so date tiles give independent dq_median and dk_median: one slot a tile, added up at the end
-in the same order every time.
+A pass per operand: 2 N² D (3 T + 5 date tiles) FLOP per sample and head. One pass over the keys for
+3 and 4 would save a product per date tile, but sums and factors together fill the registers.
+Partial sums in one pass for all would need 2 N² D (2 T + 3 date tiles), but hold a dk_median and a
+dv per block of queries: (T + 1) N² D / 128 numbers a head, which is what the factored form exists
+to avoid. dE is a sum over dates, so date tiles give independent dq_median and dk_median: one slot a
+tile, added up at the end in the same order every time.
 
-On request 3 leaves dk_median to 4, which adds dE^T q_median of its queries to memory atomically:
-2 N² D (2 T + 4 date tiles) FLOP, and a result that differs from run to run in its last bits.
+On request 5 takes the place of 4: it adds dE^T q_median of its queries to memory atomically. That
+is 2 N² D (2 T + 4 date tiles) FLOP, and a result that differs from run to run in its last bits.
+
+With validity by position 3 to 5 are launched twice. The first launch weights all dates of a tile
+relative to the shared `spatial_lse` of a query. The second, OWN, computes the rows that the first
+had to leave out (finite in `reference`), a date at a time with its own reference and keys, and adds
+to what the first wrote.
 """
 
 import triton
 import triton.language as tl
 
-from timo.kernels.gyroscope_attention_forward import (
+from timo.kernels.gyroscope_attention_blocks import (
     BITS,
     BY_POSITION,
     NONE,
@@ -41,7 +48,7 @@ def temporal_query_kernel(
     H, T, N, scale,
     VALIDITY: tl.constexpr, MOST: tl.constexpr, LARGEST: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr,
-    BP: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
+    BP: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """One program: BP positions, TQ query dates, loop over key dates, TK at a time as forward.
 
@@ -100,7 +107,7 @@ def temporal_query_kernel(
     # Score gradients of one softmax sum to zero; the gate moves all spatial ones.
     dgate = tl.zeros([BP, TQ], tl.float32)
     if TK > 1:
-        for s in range(0, T, TK):
+        for s in range(0, TK if ONCE else T, TK):
             u = s + tl.arange(0, TK)
             usable = date_usable(p_valid, n, u, valid_s[1], valid_s[2], T, N, VALIDITY != NONE)
             k = date_series(p_k, n, u, k_s[1], k_s[2], usable, D, DP)  # [BP, TK, DP]
@@ -145,7 +152,7 @@ def temporal_key_kernel(
     do_s, q_s, k_s, v_s, valid_s, lse_s, delta_s, dk_s,
     H, T, N, scale,
     HAS_VALID: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BP: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
+    BP: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """One program: BP positions, TQ key dates, loop over query dates, TK at a time.
 
@@ -178,7 +185,7 @@ def temporal_key_kernel(
     dk = tl.zeros([BP, TQ, DP], tl.float32)
     dv = tl.zeros([BP, TQ, DP], tl.float32)
     if TK > 1:
-        for s in range(0, T, TK):
+        for s in range(0, TK if ONCE else T, TK):
             u = s + tl.arange(0, TK)
             live = date_usable(p_valid, n, u, valid_s[1], valid_s[2], T, N, HAS_VALID)
             q = date_series(p_q, n, u, q_s[1], q_s[2], live, D, DP)  # [BP, TK, DP]

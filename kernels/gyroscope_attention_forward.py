@@ -6,100 +6,107 @@
    ride along as columns of several accumulators. It merges what the first kernel left.
 
 Work of 2 per sample and head: 2 N² D (T + 2 date tiles) FLOP and N² exponentials a date tile.
-All logarithms are to base 2. The last stride of series and medians is 1, the others are free.
+All logarithms are to base 2. The last stride of series and medians is 1, and so is that of
+positions in `bias`; the others are free.
 """
 
 import triton
 import triton.language as tl
 
-BITS = tl.constexpr(1.4426950408889634)  # e ** x is 2 ** (BITS * x)
-NONE, BY_DATE, BY_POSITION = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # validity
+from timo.kernels.gyroscope_attention_blocks import (
+    BITS,
+    BY_POSITION,
+    MOST,
+    NONE,
+    date_columns,
+    date_rows,
+    date_series,
+    date_usable,
+    key_columns,
+    load_dates,
+    load_rows,
+    only_keys,
+    pick,
+    pieces,
+    place,
+    spread,
+)
 
 
 @triton.jit
-def place(blocks, tiles, H):
-    """Block of positions, tile of dates, sample and head of this program.
-
-    Blocks vary fastest: programs that run at one time share keys and values in L2.
-    """
-    i = tl.program_id(0)
-    block = i % blocks
-    i = i // blocks
-    tile = i % tiles
-    i = i // tiles
-    return block, tile, (i // H).to(tl.int64), (i % H).to(tl.int64)
-
-
-@triton.jit
-def date_columns(
-    p, start, t, stride_t, stride_n, T, N,
-    R: tl.constexpr, W: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+def add_keys(
+    sums, q, top, p_k, p_v, p_bias, p_columns, start, t0, T, N, scale, v_s,
+    VALIDITY: tl.constexpr, BY_MASS: tl.constexpr, TAIL: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDTHS: tl.constexpr,
+    TV: tl.constexpr,
 ):  # fmt: skip
-    """Pointers and mask of [R, W * DP]: dates t ... t + W - 1 of R positions side by side.
-
-    p points at the first position, `start`. Offsets are 64-bit but within a block of positions,
-    where the launch keeps them below 2^31: 64-bit ones for every row cost registers that the
-    accumulators need.
-    """
-    r = tl.arange(0, R)
-    c = tl.arange(0, W * DP)
-    p += t * stride_t
-    m = (start + r < N)[:, None] & ((t + c // DP < T) & (c % DP < D))[None, :]
-    return p + (r * stride_n)[:, None] + ((c // DP).to(tl.int64) * stride_t + c % DP)[None, :], m
-
-
-@triton.jit
-def date_rows(n, t, stride_t, stride_n, T, N):
-    """Offsets and mask of [rows, dates] numbers."""
-    o = n.to(tl.int64)[:, None] * stride_n + t.to(tl.int64)[None, :] * stride_t
-    return o, (n < N)[:, None] & (t < T)[None, :]
-
-
-@triton.jit
-def date_usable(p, n, t, stride_t, stride_n, T, N, HAS_VALID: tl.constexpr):
-    """[rows, dates]: what exists and is valid."""
-    o, m = date_rows(n, t, stride_t, stride_n, T, N)
-    if HAS_VALID:
-        m = tl.load(p + o, mask=m, other=0) != 0
-    return m
+    """Mass, mass by date and weighted values, with those of the keys from `start` on added."""
+    BN: tl.constexpr = p_k.shape[0]
+    mass, date_mass, acc = sums
+    k = load_rows(p_k, N - start, TAIL, D, DP)
+    e = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * BITS)
+    p = tl.exp2(only_keys(e - top[:, None], p_bias, start, N, VALIDITY, TAIL))
+    mass += tl.sum(p, 1)
+    p = p.to(p_v.dtype.element_ty)
+    if BY_MASS:
+        usable = key_columns(p_columns, start, N, BN, TV, TAIL)  # [BN, TV]
+        date_mass = tl.dot(p, usable, date_mass, input_precision=PRECISION)
+    added = ()
+    t = t0
+    for i in tl.static_range(len(WIDTHS)):
+        v = load_dates(p_v, N - start, t, v_s[1], v_s[2], T, BN, WIDTHS[i], TAIL, EXACT, D, DP)
+        added = added + (tl.dot(p, v, acc[i], input_precision=PRECISION),)
+        t += WIDTHS[i]
+    return mass, date_mass, added
 
 
 @triton.jit
-def date_series(p, n, t, stride_t, stride_n, m, D: tl.constexpr, DP: tl.constexpr):
-    """[rows, dates, DP], 0 where not m [rows, dates]."""
-    o = n.to(tl.int64)[:, None] * stride_n + t.to(tl.int64)[None, :] * stride_t
-    d = tl.arange(0, DP)
-    p += o[:, :, None] + d[None, None, :]
-    return tl.load(p, mask=m[:, :, None] & (d < D)[None, None, :], other=0.0)
-
-
-@triton.jit
-def spread(x, R: tl.constexpr, W: tl.constexpr, DP: tl.constexpr):
-    """[R, W], a number a date -> [R, W * DP]."""
-    return tl.reshape(tl.broadcast_to(x[:, :, None], [R, W, DP]), [R, W * DP])
-
-
-@triton.jit
-def pick(x, have, want):
-    """Columns `want` [W] of x [R, C], whose columns are numbered `have` [C]."""
-    return tl.sum(tl.where((have[:, None] == want[None, :])[None, :, :], x[:, :, None], 0.0), 1)
-
-
-@triton.jit
-def only_keys(e, p_bias, c, stride, N, VALIDITY: tl.constexpr):
-    """Energies [queries, keys], -inf where a key c does not exist or does not take part."""
-    if VALIDITY == BY_POSITION:
-        e += tl.load(p_bias + c.to(tl.int64) * stride, mask=c < N, other=float("-inf"))[None, :]
-    else:
-        e = tl.where((c < N)[None, :], e, float("-inf"))
-    return e
-
-
-@triton.jit
-def key_columns(p, c, N, TV: tl.constexpr):
-    """Validity of keys c at the dates of a tile, [keys, TV]."""
-    o = c.to(tl.int64)[:, None] * TV + tl.arange(0, TV)[None, :]
-    return tl.load(p + o, mask=(c < N)[:, None], other=0.0)
+def merge_dates(
+    x, mass, date_mass, top, p_gate, p_valid, p_out, p_lse, p_far, start, t0, t, T, N,
+    gate_s, valid_s, out_s, lse_s,
+    VALIDITY: tl.constexpr, OWN: tl.constexpr, BY_MASS: tl.constexpr, LEAST: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """x [BM, dates * DP], spatial sums from date t on, with the temporal part in `out`."""
+    R: tl.constexpr = x.shape[0]
+    W: tl.constexpr = x.shape[1] // DP
+    n = start + tl.arange(0, R)
+    tw = t + tl.arange(0, W)
+    o, m = date_rows(n, tw, lse_s[1], lse_s[2], T, N)
+    own_mass = tl.broadcast_to(mass[:, None], [R, W])
+    live = m
+    if VALIDITY != NONE:
+        o_valid, _ = date_rows(n, tw, valid_s[1], valid_s[2], T, N)
+        live = tl.load(p_valid + o_valid, mask=m, other=0) != 0
+    if OWN:
+        computes = tl.load(p_far + o, mask=m, other=0) != 0
+    elif BY_MASS:
+        own_mass = pick(date_mass, t0 + tl.arange(0, date_mass.shape[1]), tw)
+        computes = (own_mass >= LEAST) | (live == 0)
+        tl.store(p_far + o, (computes == 0).to(tl.uint8), mask=m)
+    o_gate, _ = date_rows(n, tw, gate_s[1], gate_s[2], T, N)
+    gate = tl.load(p_gate + o_gate, mask=live, other=0.0).to(tl.float32) * BITS
+    temporal = tl.load(p_lse + o, mask=m, other=float("-inf"))
+    greatest = tl.maximum(top[:, None] + gate, temporal)
+    share = tl.exp2(top[:, None] + gate - greatest)
+    rest = tl.exp2(temporal - greatest)
+    total = share * own_mass + rest
+    total = tl.where(live & (total > 0.0), total, 1.0)
+    lse = tl.where(live, greatest + tl.log2(total), float("inf"))
+    share = tl.where(live, share / total, 0.0)
+    rest = tl.where(live, rest / total, 0.0)
+    if VALIDITY == BY_POSITION:  # what the other launch computes stays as it is, bit for bit
+        lse = tl.where(computes, lse, temporal)
+        share = tl.where(computes, share, 0.0)
+        rest = tl.where(computes, rest, 1.0)
+    p_o, m_o = date_columns(p_out, start, t, out_s[1], out_s[2], T, N, R, W, D, DP)
+    dates = tl.load(p_o, mask=m_o, other=0.0).to(tl.float32)
+    out = x * spread(share, R, W, DP) + dates * spread(rest, R, W, DP)
+    if VALIDITY != NONE:  # a share of 0 does not cancel NaN
+        out = tl.where(spread(live, R, W, DP), out, 0.0)
+    tl.debug_barrier()  # `out` and `lse` are read and overwritten; threads may hold copies
+    tl.store(p_o, out.to(p_out.dtype.element_ty), mask=m_o)
+    tl.store(p_lse + o, lse, mask=m)
 
 
 @triton.jit
@@ -108,9 +115,9 @@ def temporal_kernel(
     q_s, k_s, v_s, valid_s, out_s, lse_s,
     H, T, N, scale,
     HAS_VALID: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BP: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
+    BP: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """One program: BP positions, TQ query dates, loop over all key dates.
+    """One program: BP positions, TQ query dates, loop over all key dates, or ONCE through it.
 
     TK key dates at a time on tensor cores, or with TK = 1 one by one, by fp32 multiply-adds.
     """
@@ -134,7 +141,7 @@ def temporal_kernel(
     mass = tl.zeros([BP, TQ], tl.float32)
     acc = tl.zeros([BP, TQ, DP], tl.float32)
     if TK > 1:
-        for s in range(0, T, TK):
+        for s in range(0, TK if ONCE else T, TK):
             u = s + tl.arange(0, TK)
             usable = date_usable(p_valid, n, u, valid_s[1], valid_s[2], T, N, HAS_VALID)
             k = date_series(p_k, n, u, k_s[1], k_s[2], usable, D, DP)  # [BP, TK, DP]
@@ -143,10 +150,14 @@ def temporal_kernel(
             others = t[:, None] != u[None, :]
             e = tl.where(others[None, :, :] & usable[:, None, :], e, float("-inf"))
             new = tl.maximum(top, tl.max(e, 2))
-            factor = tl.exp2(top - new)
             p = tl.exp2(e - new[:, :, None])
-            mass = mass * factor + tl.sum(p, 2)
-            acc = tl.dot(p.to(v.dtype), v, acc * factor[:, :, None])
+            if ONCE:
+                mass = tl.sum(p, 2)
+                acc = tl.dot(p.to(v.dtype), v)
+            else:
+                factor = tl.exp2(top - new)
+                mass = mass * factor + tl.sum(p, 2)
+                acc = tl.dot(p.to(v.dtype), v, acc * factor[:, :, None])
             top = new
     else:
         q = q.to(tl.float32)
@@ -171,7 +182,7 @@ def temporal_kernel(
             acc = acc * factor[:, :, None] + p[:, :, None] * v[:, None, :]
             top = new
 
-    acc = acc / tl.where(mass > 0.0, mass, 1.0)[:, :, None]
+    acc = acc * (1.0 / tl.where(mass > 0.0, mass, 1.0))[:, :, None]
     o, m = date_rows(n, t, out_s[1], out_s[2], T, N)
     p_out += b * out_s[0] + h * out_s[3] + o[:, :, None] + d[None, None, :]
     tl.store(p_out, acc.to(p_out.dtype.element_ty), mask=m[:, :, None] & (d < D)[None, None, :])
@@ -185,7 +196,7 @@ def spatial_kernel(
     p_qm, p_km, p_v, p_gate, p_valid, p_bias, p_columns, p_out, p_lse, p_spatial, p_far,
     qm_s, km_s, v_s, gate_s, valid_s, bias_s, out_s, lse_s, spatial_s,
     H, T, N, scale,
-    VALIDITY: tl.constexpr, OWN: tl.constexpr, LEAST: tl.constexpr,
+    VALIDITY: tl.constexpr, OWN: tl.constexpr, EXACT: tl.constexpr, LEAST: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     WIDTHS: tl.constexpr, TT: tl.constexpr, TV: tl.constexpr,
@@ -208,7 +219,6 @@ def spatial_kernel(
     t0 = (tile * TT).to(tl.int64)
     n = block * BM + tl.arange(0, BM)
     d = tl.arange(0, DP)
-    tv = t0 + tl.arange(0, TV)
     p_qm += b * qm_s[0] + h * qm_s[2] + n.to(tl.int64)[:, None] * qm_s[1] + d[None, :]
     p_km += b * km_s[0] + h * km_s[2]
     p_v += b * v_s[0] + h * v_s[3]
@@ -232,44 +242,42 @@ def spatial_kernel(
     o_k = (tl.arange(0, BK) * km_s[1])[:, None] + d[None, :]
     p_k = p_km
     greatest = tl.full([BM, BK], -1e30, tl.float32)
-    for start in tl.range(0, end, BK):
-        c = start + tl.arange(0, BK)
-        k = tl.load(p_k + o_k, mask=(c < N)[:, None] & (d < D)[None, :], other=0.0)
-        p_k += BK * km_s[1]
+    whole = end // BK * BK
+    for start in tl.range(0, whole, BK):
+        k = load_rows(p_k + o_k, N - start, False, D, DP)
         e = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * BITS)
-        e = only_keys(e, p_bias, c, bias_s[2], N, VALIDITY)
+        e = only_keys(e, p_bias, start, N, VALIDITY, False)
+        greatest = tl.maximum(greatest, e)
+        p_k += BK * km_s[1]
+    if whole < end:
+        k = load_rows(p_k + o_k, N - whole, True, D, DP)
+        e = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * BITS)
+        e = only_keys(e, p_bias, whole, N, VALIDITY, True)
         greatest = tl.maximum(greatest, e)
     top = tl.max(greatest, 1)
 
-    mass = tl.zeros([BM], tl.float32)
-    date_mass = tl.zeros([BM, TV], tl.float32)
+    sums = tl.zeros([BM], tl.float32), tl.zeros([BM, TV], tl.float32), acc
     o_k = (tl.arange(0, BN) * km_s[1])[:, None] + d[None, :]
-    for start in tl.range(0, end, BN):
-        c = start + tl.arange(0, BN)
-        k = tl.load(p_km + o_k, mask=(c < N)[:, None] & (d < D)[None, :], other=0.0)
+    whole = end // BN * BN
+    for start in tl.range(0, whole, BN):
+        sums = add_keys(
+            sums, q, top, p_km + o_k, p_v, p_bias, p_columns, start, t0, T, N, scale, v_s,
+            VALIDITY, BY_MASS, False, EXACT, PRECISION, D, DP, WIDTHS, TV,
+        )  # fmt: skip
         p_km += BN * km_s[1]
-        e = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * BITS)
-        p = tl.exp2(only_keys(e - top[:, None], p_bias, c, bias_s[2], N, VALIDITY))
-        mass += tl.sum(p, 1)
-        p = p.to(p_v.dtype.element_ty)
-        if BY_MASS:
-            usable = key_columns(p_columns, c, N, TV)  # [BN, TV]
-            date_mass = tl.dot(p, usable, date_mass, input_precision=PRECISION)
-        t = t0
-        sums = ()
-        for i in tl.static_range(len(WIDTHS)):
-            p_t, m_t = date_columns(p_v, start, t, v_s[1], v_s[2], T, N, BN, WIDTHS[i], D, DP)
-            v = tl.load(p_t, mask=m_t, other=0.0)
-            sums = sums + (tl.dot(p, v, acc[i], input_precision=PRECISION),)
-            t += WIDTHS[i]
-        acc = sums
         p_v += BN * v_s[2]
+    if whole < end:
+        sums = add_keys(
+            sums, q, top, p_km + o_k, p_v, p_bias, p_columns, whole, t0, T, N, scale, v_s,
+            VALIDITY, BY_MASS, True, EXACT, PRECISION, D, DP, WIDTHS, TV,
+        )  # fmt: skip
+    mass, date_mass, acc = sums
 
     if not OWN:
         if tile == 0:
             spatial = top + tl.log2(mass)
             if VALIDITY != NONE:
-                seen = tl.load(p_bias + n.to(tl.int64) * bias_s[2], mask=n < N, other=0.0) == 0.0
+                seen = tl.load(p_bias + n, mask=n < N, other=0.0) == 0.0
                 spatial = tl.where(seen, spatial, float("inf"))
             o = b * spatial_s[0] + h * spatial_s[2] + n.to(tl.int64) * spatial_s[1]
             tl.store(p_spatial + o, spatial, mask=n < N)
@@ -277,42 +285,11 @@ def spatial_kernel(
     t = t0
     p_out += (block * BM).to(tl.int64) * out_s[2]
     for i in tl.static_range(len(WIDTHS)):
-        tw = t + tl.arange(0, WIDTHS[i])
-        o, m = date_rows(n, tw, lse_s[1], lse_s[2], T, N)
-        own_mass = tl.broadcast_to(mass[:, None], [BM, WIDTHS[i]])
-        live = m
-        if VALIDITY != NONE:
-            o_valid, _ = date_rows(n, tw, valid_s[1], valid_s[2], T, N)
-            live = tl.load(p_valid + o_valid, mask=m, other=0) != 0
-        if OWN:
-            computes = tl.load(p_far + o, mask=m, other=0) != 0
-        elif BY_MASS:
-            own_mass = pick(date_mass, tv, tw)
-            computes = (own_mass >= LEAST) | (live == 0)
-            tl.store(p_far + o, (computes == 0).to(tl.uint8), mask=m)
-        o_gate, _ = date_rows(n, tw, gate_s[1], gate_s[2], T, N)
-        gate = tl.load(p_gate + o_gate, mask=live, other=0.0).to(tl.float32) * BITS
-        temporal = tl.load(p_lse + o, mask=m, other=float("-inf"))
-        greatest = tl.maximum(top[:, None] + gate, temporal)
-        share = tl.exp2(top[:, None] + gate - greatest)
-        rest = tl.exp2(temporal - greatest)
-        total = share * own_mass + rest
-        total = tl.where(live & (total > 0.0), total, 1.0)
-        lse = tl.where(live, greatest + tl.log2(total), float("inf"))
-        share = tl.where(live, share / total, 0.0)
-        rest = tl.where(live, rest / total, 0.0)
-        if VALIDITY == BY_POSITION:  # what the other launch computes stays as it is, bit for bit
-            lse = tl.where(computes, lse, temporal)
-            share = tl.where(computes, share, 0.0)
-            rest = tl.where(computes, rest, 1.0)
-        p_o, m_o = date_columns(
-            p_out, block * BM, t, out_s[1], out_s[2], T, N, BM, WIDTHS[i], D, DP
-        )
-        dates = tl.load(p_o, mask=m_o, other=0.0).to(tl.float32)
-        out = acc[i] * spread(share, BM, WIDTHS[i], DP) + dates * spread(rest, BM, WIDTHS[i], DP)
-        if VALIDITY != NONE:  # a share of 0 does not cancel NaN
-            out = tl.where(spread(live, BM, WIDTHS[i], DP), out, 0.0)
-        tl.debug_barrier()  # `out` and `lse` are read and overwritten; threads may hold copies
-        tl.store(p_o, out.to(p_out.dtype.element_ty), mask=m_o)
-        tl.store(p_lse + o, lse, mask=m)
-        t += WIDTHS[i]
+        parts = pieces(acc[i], MOST if DP < MOST else DP)
+        for j in tl.static_range(len(parts)):
+            merge_dates(
+                parts[j], mass, date_mass, top, p_gate, p_valid, p_out, p_lse, p_far, block * BM,
+                t0, t, T, N, gate_s, valid_s, out_s, lse_s,
+                VALIDITY, OWN, BY_MASS, LEAST, D, DP,
+            )  # fmt: skip
+            t += parts[j].shape[1] // DP

@@ -8,7 +8,9 @@ import torch
 
 from timo.kernels import gyroscope_attention as launches
 from timo.kernels import gyroscope_attention_backward as backward
-from timo.kernels import gyroscope_attention_backward_spatial as spatial
+from timo.kernels import gyroscope_attention_backward_keys as keys
+from timo.kernels import gyroscope_attention_backward_queries as queries
+from timo.kernels import gyroscope_attention_backward_values as values
 from timo.kernels import gyroscope_attention_config as config
 from timo.kernels import gyroscope_attention_forward as forward
 
@@ -37,7 +39,7 @@ def cases(capability: int) -> Iterator[tuple]:
 
 def spatial_cases(dtype, dates, head_dim, kind, own, capability) -> Iterator[tuple]:
     yield spatial_case(dtype, dates, head_dim, kind, own, capability)
-    for name in ("keys", "queries") if own else ("keys", "queries", "values", "both"):
+    for name in ("values", "keys", "queries") if own else ("values", "keys", "queries", "both"):
         yield spatial_backward_case(dtype, dates, head_dim, kind, own, capability, name)
 
 
@@ -78,7 +80,8 @@ def spatial_case(dtype, dates, head_dim, kind, own, capability) -> tuple:
         "H": "i32", "T": "i32", "N": "i32", "scale": "fp32",
     }  # fmt: skip
     constants = common(dtype, kind, head_dim) | {
-        "OWN": own, "LEAST": 1 / launches.most(DTYPES[dtype]),
+        "OWN": own, "EXACT": launches.exact(tile, dates, head_dim),
+        "LEAST": 1 / launches.most(DTYPES[dtype]),
         "BM": tile.queries, "BN": tile.keys, "BK": config.first_keys(tile, DTYPES[dtype]),
         "WIDTHS": tile.widths, "TT": TT, "TV": TV,
     }  # fmt: skip
@@ -123,29 +126,39 @@ def temporal_backward_cases(dtype, dates, head_dim, kind) -> list[tuple]:
 
 
 def spatial_backward_case(dtype, dates, head_dim, kind, own, capability, name) -> tuple:
-    """Of `spatial_key_kernel` ("keys", "values") or `spatial_query_kernel` ("queries", "both")."""
+    """Of `spatial_value_kernel` ("values"), `spatial_key_kernel` ("keys") or
+    `spatial_query_kernel` ("queries", "both").
+    """
     tile = config.tile(name, dates, head_dim, DTYPES[dtype], launch(kind, own), capability)
-    x = f"*{dtype}"
-    signature = {"p_qm": x, "p_km": x, "p_v": x, "p_do": x}
-    strides = {"qm_s": ROW * 4, "km_s": ROW * 4, "v_s": SERIES, "do_s": SERIES}
-    if name in ("keys", "values"):
-        signature |= {"p_valid": "*u8", "p_reference": "*fp32", "p_delta": "*fp32", "p_any": "*u8"}
-        signature |= {"p_dv": x, "p_dk": "*fp32"}
-        strides |= {"valid_s": ANY * 3, "reference_s": ANY * 4, "delta_s": ANY * 4}
-        strides |= {"any_s": ANY * 3}
-        strides |= {"dv_s": SERIES, "dk_s": SERIES}
-        kernel = spatial.spatial_key_kernel
-    else:
-        signature |= {"p_bias": "*fp32", "p_reference": "*fp32", "p_delta": "*fp32"}
-        signature |= {"p_dq": "*fp32", "p_dk": "*fp32"}
-        strides |= {"bias_s": ANY * 3, "reference_s": ANY * 4, "delta_s": ANY * 4}
-        strides |= {"dq_s": SERIES, "dk_s": SERIES}
-        kernel = spatial.spatial_query_kernel
-    signature |= strides | {"p_columns": "*fp32" if dtype == "fp32" else "*bf16"}
-    signature |= {"H": "i32", "T": "i32", "N": "i32", "scale": "fp32"}
+    x, numbers = f"*{dtype}", {"p_reference": "*fp32", "p_delta": "*fp32"}
+    medians, number_s = {"p_qm": x, "p_km": x}, {"reference_s": ANY * 4, "delta_s": ANY * 4}
+    sizes = {"H": "i32", "T": "i32", "N": "i32", "scale": "fp32"}
+    columns = {"p_columns": "*fp32" if dtype == "fp32" else "*bf16"} | sizes
     constants = common(dtype, kind, head_dim) | {
-        "OWN": own, "DK": name in ("keys", "both"), "BM": tile.queries, "BN": tile.keys,
-        "WIDTHS": tile.widths, "TT": sum(tile.widths), "TV": launches.sizes(tile)[1],
+        "OWN": own, "EXACT": launches.exact(tile, dates, head_dim),
+        "BM": tile.queries, "BN": tile.keys, "WIDTHS": tile.widths, "TT": sum(tile.widths),
     }  # fmt: skip
+    if name == "values":
+        kernel = values.spatial_value_kernel
+        signature = medians | {"p_do": x, "p_valid": "*u8", "p_reference": "*fp32"}
+        signature |= {"p_any": "*u8", "p_dv": x, "qm_s": ROW * 4, "km_s": ROW * 4, "do_s": SERIES}
+        signature |= {"valid_s": ANY * 3, "reference_s": ANY * 4, "any_s": ANY * 3}
+        signature |= {"dv_s": SERIES, **sizes}
+    elif name == "keys":
+        kernel = keys.spatial_key_kernel
+        signature = medians | {"p_v": x, "p_do": x, "p_valid": "*u8", **numbers, "p_any": "*u8"}
+        signature |= {"p_dk": "*fp32", "qm_s": ROW * 4, "km_s": ROW * 4, "v_s": SERIES}
+        signature |= {"do_s": SERIES, "valid_s": ANY * 3, **number_s, "any_s": ANY * 3}
+        signature |= {"dk_s": SERIES, **columns}
+    else:
+        kernel = queries.spatial_query_kernel
+        signature = medians | {"p_v": x, "p_do": x, "p_bias": "*fp32", **numbers}
+        signature |= {"p_dq": "*fp32", "p_dk": "*fp32", "qm_s": ROW * 4, "km_s": ROW * 4}
+        signature |= {"v_s": SERIES, "do_s": SERIES, "bias_s": ANY * 3, **number_s}
+        signature |= {"dq_s": SERIES, "dk_s": SERIES, **columns}
+        constants |= {"DK": name == "both"}
+    if name != "values":
+        held = config.held(DTYPES[dtype], capability)
+        constants |= {"TV": launches.sizes(tile)[1], "HELD": held}
     label = f"gyroscope spatial {name} backward T={dates} D={head_dim} {dtype} validity={kind} "
     return f"{label}own={own} {tile}", kernel, signature, constants, *tile[3:]

@@ -22,6 +22,7 @@ TRITON_DATES = (INTERPRET, TRITON, "-k", "test_parity and none and dtype2")
 TRITON_MASKS = (INTERPRET, TRITON, "-k", "several_blocks and position")
 TRITON_BLOCKS = (INTERPRET, TRITON, "-k", "far_below and dtype0")
 TRITON_TILES = (INTERPRET, TRITON, "-k", "several_blocks and none")
+TRITON_WIDE = (INTERPRET, TRITON, "-k", "wide_tiles and none")
 TRITON_SLOTS = (INTERPRET, TRITON, "-k", "far_slots")
 TRITON_ATOMIC = (INTERPRET, TRITON, "-k", "any_order and none")
 TRITON_ATOMIC_OWN = (INTERPRET, TRITON, "-k", "own_maximum and dtype3")
@@ -281,16 +282,16 @@ MUTANTS = [
     ),
     Mutant(
         "triton: a key past the end is counted",
-        "kernels/gyroscope_attention_forward.py",
-        "tl.where((c < N)[None, :], e, ",
-        "tl.where((c < N + 1)[None, :], e, ",
+        "kernels/gyroscope_attention_blocks.py",
+        "tl.arange(0, e.shape[1]) < N)[None, :], e, ",
+        "tl.arange(0, e.shape[1]) < N + 1)[None, :], e, ",
         TRITON_FUZZ,
     ),
     Mutant(
         "triton: the greatest energy of the last keys alone",
         "kernels/gyroscope_attention_forward.py",
-        "greatest = tl.maximum(greatest, e)",
-        "greatest = e",
+        "        greatest = tl.maximum(greatest, e)\n        p_k +=",
+        "        greatest = e\n        p_k +=",
         TRITON_HUNDREDS,
     ),
     Mutant(
@@ -309,9 +310,9 @@ MUTANTS = [
     ),
     Mutant(
         "triton: validity transposed",
-        "kernels/gyroscope_attention_forward.py",
-        "o = c.to(tl.int64)[:, None] * TV + tl.arange(0, TV)[None, :]",
-        "o = c.to(tl.int64)[:, None] + tl.arange(0, TV)[None, :] * N",
+        "kernels/gyroscope_attention_blocks.py",
+        "p = p + tl.arange(0, R)[:, None] * TV + tl.arange(0, TV)[None, :]",
+        "p = p + tl.arange(0, R)[:, None] + tl.arange(0, TV)[None, :] * R",
         TRITON_MASKS,
     ),
     Mutant(
@@ -324,8 +325,8 @@ MUTANTS = [
     Mutant(
         "triton: sums in float16",
         "kernels/gyroscope_attention_forward.py",
-        "sums = sums + (tl.dot(p, v, acc[i], input_precision=PRECISION),)",
-        "sums = sums + (tl.dot(p, v, acc[i], input_precision=PRECISION)"
+        "added = added + (tl.dot(p, v, acc[i], input_precision=PRECISION),)",
+        "added = added + (tl.dot(p, v, acc[i], input_precision=PRECISION)"
         ".to(tl.float16).to(tl.float32),)",
         TRITON_FUZZ,
     ),
@@ -337,15 +338,50 @@ MUTANTS = [
         TRITON_FUZZ,
     ),
     Mutant(
+        "triton: delta of keys is left out",
+        "kernels/gyroscope_attention_backward_keys.py",
+        "        dp -= load_numbers(p_delta + start, N - start, BM, 0.0, TAIL)[None, :]\n",
+        "        pass\n",
+        TRITON_FUZZ,
+    ),
+    Mutant(
+        "triton: the last queries are left out",
+        "kernels/gyroscope_attention_backward_values.py",
+        "    if whole < end:\n",
+        "    if whole < 0:\n",
+        TRITON_FUZZ,
+    ),
+    Mutant(
+        "triton: what lies beyond a tail is read as values",
+        "kernels/gyroscope_attention_blocks.py",
+        "        m = m & (tl.arange(0, R) < count)[:, None]",
+        "        m = m & (tl.arange(0, R) < count + 1)[:, None]",
+        TRITON_FUZZ,
+    ),
+    Mutant(
+        "triton: tiles of dates that do not fit have no masks",
+        "kernels/gyroscope_attention.py",
+        "return dates % sum(tile.widths) == 0 and",
+        "return",
+        TRITON_FUZZ,
+    ),
+    Mutant(
+        "triton: pieces of a sum change places",
+        "kernels/gyroscope_attention_blocks.py",
+        "out = pieces(a, C) + pieces(b, C)",
+        "out = pieces(b, C) + pieces(a, C)",
+        TRITON_WIDE,
+    ),
+    Mutant(
         "triton: delta is left out",
-        "kernels/gyroscope_attention_backward_spatial.py",
-        "            dp -= delta[:, None]\n",
-        "            dp -= 0.0 * delta[:, None]\n",
+        "kernels/gyroscope_attention_backward_queries.py",
+        "        dp -= delta[:, None]\n",
+        "        dp -= 0.0 * delta[:, None]\n",
         TRITON_FUZZ,
     ),
     Mutant(
         "triton: delta of valid keys is left out",
-        "kernels/gyroscope_attention_backward_spatial.py",
+        "kernels/gyroscope_attention_backward_keys.py",
         "PARTS: tl.constexpr = 1 if ones.dtype == tl.float32 else 2",
         "PARTS: tl.constexpr = 0",
         TRITON_MASKS,
@@ -353,14 +389,14 @@ MUTANTS = [
     Mutant(
         "triton: only the first tile of dates",
         "kernels/gyroscope_attention.py",
-        "dk_median = dk_slots.sum(0)",
-        "dk_median = dk_slots[0]",
+        "return x.sum(0) if len(x) > 1 else x[0]",
+        "return x[0]",
         TRITON_TILES,
     ),
     Mutant(
         "triton: all keys add to the first ones",
-        "kernels/gyroscope_attention_backward_spatial.py",
-        "            p_dk += BN * dk_s[2]\n",
+        "kernels/gyroscope_attention_backward_queries.py",
+        "        p_dk += BN * dk_s[2]\n",
         "",
         TRITON_ATOMIC,
     ),
@@ -374,8 +410,8 @@ MUTANTS = [
     Mutant(
         "triton: rows of the second launch are not added",
         "kernels/gyroscope_attention.py",
-        "own=True, dk=True,",
-        "own=True, dk=False,",
+        "*inputs, grad, usable, own, delta, some, dk_slots, own=True, flags=True,",
+        "*inputs, grad, usable, own, delta, some, slots(1), own=True, flags=True,",
         TRITON_ATOMIC_OWN,
     ),
     Mutant(
@@ -408,7 +444,7 @@ MUTANTS = [
     ),
     Mutant(
         "triton: 32-bit offset of the sums of a tile of dates",
-        "kernels/gyroscope_attention_backward_spatial.py",
+        "kernels/gyroscope_attention_backward_keys.py",
         "p_dk += tile.to(tl.int64) * dk_s[0]",
         "p_dk += tile * dk_s[0]",
         TRITON_SLOTS,

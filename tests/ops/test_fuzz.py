@@ -46,7 +46,7 @@ def small_tiles(request, monkeypatch):
             config,
             "tile",
             lambda _, dates, head_dim, *rest: config.Tile(
-                config.widths(dates, 64, head_dim), 16, 16, 4, 1
+                config.widths(dates, 64, head_dim, 64), 16, 16, 4, 1
             ),
         )
 

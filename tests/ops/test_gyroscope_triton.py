@@ -46,9 +46,20 @@ def small_tiles(monkeypatch):
     """Several blocks of queries and keys, and several tiles of dates of different widths."""
 
     def tile(kernel, dates, head_dim, *_):
-        return kernels.config.Tile(kernels.config.widths(dates, 64, head_dim), 16, 16, 4, 1)
+        return kernels.config.Tile(kernels.config.widths(dates, 64, head_dim, 64), 16, 16, 4, 1)
 
     monkeypatch.setattr(kernels.config, "tile", tile)
+
+
+@pytest.fixture
+def wide_tiles(monkeypatch):
+    """Tiles of more columns than an epilogue takes, and left operands held in registers."""
+
+    def tile(kernel, dates, head_dim, *_):
+        return kernels.config.Tile(kernels.config.widths(dates, 256, head_dim, 256), 16, 16, 4, 1)
+
+    monkeypatch.setattr(kernels.config, "tile", tile)
+    monkeypatch.setattr(kernels.config, "held", lambda *_: True)
 
 
 def compare(shape, kind, dtype, seed, scale=1.0, energy=0.25, backend=BACKEND):
@@ -87,6 +98,13 @@ def test_several_blocks_and_tiles(kind, small_tiles, poisoned):
     compare((1, 3, 35, 1, 32), kind, torch.float32, 1)
     compare((1, 3, 18, 2, 24), kind, torch.float16, 2)
     compare((2, 6, 17, 1, 16), kind, torch.bfloat16, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wide_tiles(kind, wide_tiles, poisoned):
+    compare((1, 7, 32, 1, 32), kind, torch.bfloat16, 4)  # whole blocks alone
+    compare((1, 9, 19, 1, 16), kind, torch.float16, 5)
+    compare((1, 5, 21, 1, 24), kind, torch.float32, 6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

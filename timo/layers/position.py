@@ -1,11 +1,14 @@
 """Sine-cosine positional codes of dates, rows and columns (specification: model.md §1).
 
 Codes come from 1-D tables of T, h and w rows, computed in float64 and rounded before they are
-spread out: 0.1 ms for a decoder of 147 tokens, so that there is no cache to go stale.
+spread out: 0.1 ms for a decoder of 147 tokens, so that there is no cache to go stale. The tables
+come from an op of their own: a compiler that saw through it would compute every token's sines anew.
 """
 
 import torch
 from torch import Tensor
+
+from timo.ops.library import define
 
 DAYS_PER_MONTH = 30.4375
 
@@ -15,10 +18,21 @@ def sincos(position: Tensor, dim: int) -> Tensor:
 
     ω_i = 10000^(−i/(dim/2)) for i = 0 … dim/2 − 1; `dim` is even.
     """
+    return torch.ops.timo.sincos(position, dim)
+
+
+def _sincos(position: Tensor, dim: int) -> Tensor:
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float64, device=position.device) / half
     angle = position.double()[..., None] * 10000.0**-exponent
     return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+def _fake_sincos(position: Tensor, dim: int) -> Tensor:
+    return position.new_empty((*position.shape, dim), dtype=torch.float64)
+
+
+define("sincos(Tensor position, SymInt dim) -> Tensor", _sincos, _fake_sincos)
 
 
 def months_since_first(dates: Tensor, valid: Tensor | None) -> Tensor:

@@ -56,7 +56,7 @@ def gyroscope_attention(
         scale: factor of all products of queries and keys; the published model has 1.
         backend: "auto", or the backends to choose among (see `timo.ops.explain`). With
             "triton_atomic" backward adds up the gradient of k_median in any order, for
-            2T + 4 products of N x N x D instead of 3T + 4.
+            2T + 4 products of N x N x D instead of 3T + 5.
 
     Returns:
         (B, T, N, H, D) in q's dtype, exactly 0 at invalid queries. Differentiable twice in

@@ -1,0 +1,164 @@
+"""Gyroscope attention: blocks of numbers as the kernels read and take them apart.
+
+Loops over positions take whole blocks, which need no masks, and then a tail.
+"""
+
+import triton
+import triton.language as tl
+
+BITS = tl.constexpr(1.4426950408889634)  # e ** x is 2 ** (BITS * x)
+MOST = tl.constexpr(64)  # columns that an epilogue takes at a time; more spill
+NONE, BY_DATE, BY_POSITION = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # validity
+
+
+@triton.jit
+def place(blocks, tiles, H):
+    """Block of positions, tile of dates, sample and head of this program.
+
+    Blocks vary fastest: programs that run at one time share keys and values in L2.
+    """
+    i = tl.program_id(0)
+    block = i % blocks
+    i = i // blocks
+    tile = i % tiles
+    i = i // tiles
+    return block, tile, (i // H).to(tl.int64), (i % H).to(tl.int64)
+
+
+@triton.jit
+def date_pointers(
+    p, t, stride_t, stride_n, T, R: tl.constexpr, W: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
+):  # fmt: skip
+    """Pointers [R, W * DP] and what exists [1, W * DP]: dates t ... t + W - 1 of R positions.
+
+    p points at the first position. Offsets are 64-bit but within a block of positions, where the
+    launch keeps them below 2^31: 64-bit ones for every row cost registers that the accumulators
+    need.
+    """
+    r = tl.arange(0, R)
+    c = tl.arange(0, W * DP)
+    p += t * stride_t
+    p = p + (r * stride_n)[:, None] + ((c // DP).to(tl.int64) * stride_t + c % DP)[None, :]
+    return p, ((t + c // DP < T) & (c % DP < D))[None, :]
+
+
+@triton.jit
+def date_columns(
+    p, start, t, stride_t, stride_n, T, N,
+    R: tl.constexpr, W: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """`date_pointers` and what exists of positions from `start`, at p, on: [R, W * DP]."""
+    p, m = date_pointers(p, t, stride_t, stride_n, T, R, W, D, DP)
+    return p, m & (start + tl.arange(0, R) < N)[:, None]
+
+
+@triton.jit
+def date_rows(n, t, stride_t, stride_n, T, N):
+    """Offsets and mask of [rows, dates] numbers."""
+    o = n.to(tl.int64)[:, None] * stride_n + t.to(tl.int64)[None, :] * stride_t
+    return o, (n < N)[:, None] & (t < T)[None, :]
+
+
+@triton.jit
+def date_usable(p, n, t, stride_t, stride_n, T, N, HAS_VALID: tl.constexpr):
+    """[rows, dates]: what exists and is valid."""
+    o, m = date_rows(n, t, stride_t, stride_n, T, N)
+    if HAS_VALID:
+        m = tl.load(p + o, mask=m, other=0) != 0
+    return m
+
+
+@triton.jit
+def date_series(p, n, t, stride_t, stride_n, m, D: tl.constexpr, DP: tl.constexpr):
+    """[rows, dates, DP], 0 where not m [rows, dates]."""
+    o = n.to(tl.int64)[:, None] * stride_n + t.to(tl.int64)[None, :] * stride_t
+    d = tl.arange(0, DP)
+    p += o[:, :, None] + d[None, None, :]
+    return tl.load(p, mask=m[:, :, None] & (d < D)[None, None, :], other=0.0)
+
+
+@triton.jit
+def pieces(x, C: tl.constexpr):
+    """x [R, columns] as a tuple of at most C columns each: an epilogue takes them one by one."""
+    R: tl.constexpr = x.shape[0]
+    HALF: tl.constexpr = x.shape[1] // 2
+    if x.shape[1] <= C:
+        out = (x,)
+    else:
+        a, b = tl.split(tl.permute(tl.reshape(x, [R, 2, HALF]), (0, 2, 1)))
+        out = pieces(a, C) + pieces(b, C)
+    return out
+
+
+@triton.jit
+def spread(x, R: tl.constexpr, W: tl.constexpr, DP: tl.constexpr):
+    """[R, W], a number a date -> [R, W * DP]."""
+    return tl.reshape(tl.broadcast_to(x[:, :, None], [R, W, DP]), [R, W * DP])
+
+
+@triton.jit
+def pick(x, have, want):
+    """Columns `want` [W] of x [R, C], whose columns are numbered `have` [C]."""
+    return tl.sum(tl.where((have[:, None] == want[None, :])[None, :, :], x[:, :, None], 0.0), 1)
+
+
+@triton.jit
+def load_rows(p, count, TAIL: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """[rows, DP] at p; of the rows of a tail `count` exist, the others are 0."""
+    m = (tl.arange(0, DP) < D)[None, :]
+    if TAIL:
+        m = m & (tl.arange(0, p.shape[0]) < count)[:, None]
+    if TAIL or D < DP:
+        x = tl.load(p, mask=m, other=0.0)
+    else:
+        x = tl.load(p)
+    return x
+
+
+@triton.jit
+def load_numbers(p, count, R: tl.constexpr, other, TAIL: tl.constexpr):
+    """R adjacent numbers at p; of those of a tail `count` exist, in place of the rest `other`."""
+    r = tl.arange(0, R)
+    if TAIL:
+        x = tl.load(p + r, mask=r < count, other=other)
+    else:
+        x = tl.load(p + r)
+    return x
+
+
+@triton.jit
+def only_keys(e, p_bias, start, N, VALIDITY: tl.constexpr, TAIL: tl.constexpr):
+    """Energies [queries, keys], -inf where a key from `start` on does not take part or exist."""
+    if VALIDITY == BY_POSITION:
+        bias = load_numbers(p_bias + start, N - start, e.shape[1], float("-inf"), TAIL)
+        e += bias[None, :]
+    elif TAIL:
+        e = tl.where((start + tl.arange(0, e.shape[1]) < N)[None, :], e, float("-inf"))
+    return e
+
+
+@triton.jit
+def key_columns(p, start, N, R: tl.constexpr, TV: tl.constexpr, TAIL: tl.constexpr):
+    """Validity of R keys from `start` on at the dates of a tile, [R, TV]."""
+    p += start * tl.cast(TV, tl.int64)
+    p = p + tl.arange(0, R)[:, None] * TV + tl.arange(0, TV)[None, :]
+    return load_rows(p, N - start, TAIL, TV, TV)
+
+
+@triton.jit
+def load_dates(
+    p, count, t, stride_t, stride_n, T, R: tl.constexpr, W: tl.constexpr,
+    TAIL: tl.constexpr, EXACT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """[R, W * DP]: dates t ... t + W - 1 of the R positions at p, of a tail's `count`, 0 elsewhere.
+
+    EXACT: all dates exist, and D is DP.
+    """
+    p, m = date_pointers(p, t, stride_t, stride_n, T, R, W, D, DP)
+    if TAIL:
+        m = m & (tl.arange(0, R) < count)[:, None]
+    if TAIL or not EXACT:
+        x = tl.load(p, mask=m, other=0.0)
+    else:
+        x = tl.load(p)
+    return x
