@@ -91,7 +91,8 @@ def parity(out: Path, device: torch.device, limit: float, tests: str | None = No
     there.unlink(missing_ok=True)
     chosen = "(cuda or triton) and not emulated" + (f" and ({tests})" if tests else "")
     # Each holds a context on the GPU and compiles kernels.
-    workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    workers = ["-n", str(min(16, os.cpu_count() or 1)), "--dist", "worksteal"]
+    workers = workers if importlib.util.find_spec("xdist") else []
     code = run(
         out, limit, sys.executable, "-m", "pytest", "tests/ops", "-k", chosen,
         f"--junitxml={there.resolve()}", "--durations=15", *workers, OMP_NUM_THREADS="1",

@@ -97,12 +97,6 @@ def spread(x, R: tl.constexpr, W: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def pick(x, have, want):
-    """Columns `want` [W] of x [R, C], whose columns are numbered `have` [C]."""
-    return tl.sum(tl.where((have[:, None] == want[None, :])[None, :, :], x[:, :, None], 0.0), 1)
-
-
-@triton.jit
 def load_rows(p, count, TAIL: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     """[rows, DP] at p; of the rows of a tail `count` exist, the others are 0."""
     m = (tl.arange(0, DP) < D)[None, :]

@@ -26,7 +26,6 @@ from timo.kernels.gyroscope_attention_blocks import (
     load_dates,
     load_rows,
     only_keys,
-    pick,
     pieces,
     place,
     spread,
@@ -81,7 +80,8 @@ def merge_dates(
     if OWN:
         computes = tl.load(p_far + o, mask=m, other=0) != 0
     elif BY_MASS:
-        own_mass = pick(date_mass, t0 + tl.arange(0, date_mass.shape[1]), tw)
+        column = tl.broadcast_to((tw - t0).to(tl.int32)[None, :], [R, W])
+        own_mass = tl.gather(date_mass, column, 1)
         computes = (own_mass >= LEAST) | (live == 0)
         tl.store(p_far + o, (computes == 0).to(tl.uint8), mask=m)
     o_gate, _ = date_rows(n, tw, gate_s[1], gate_s[2], T, N)

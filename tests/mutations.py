@@ -347,8 +347,8 @@ MUTANTS = [
     Mutant(
         "triton: the last queries are left out",
         "kernels/gyroscope_attention_backward_values.py",
-        "    if whole < end:\n",
-        "    if whole < 0:\n",
+        "    for start in tl.range(whole, end, BM):\n",
+        "    for start in tl.range(whole, whole, BM):\n",
         TRITON_FUZZ,
     ),
     Mutant(
