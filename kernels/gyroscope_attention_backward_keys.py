@@ -110,9 +110,9 @@ def key_tile(
         )  # fmt: skip
         p_qm += BM * qm_s[1]
         p_do += BM * do_s[2]
-    for start in tl.range(whole, end, BM):
+    if whole < end:
         dk = add_queries(
-            dk, k, values, usable, p_qm + o_q, p_do, p_reference, p_delta, start, t0, T, N, scale,
+            dk, k, values, usable, p_qm + o_q, p_do, p_reference, p_delta, whole, t0, T, N, scale,
             do_s, delta_s, OWN, BY_DELTA, True, EXACT, PRECISION, D, DP, WIDTHS, TT, TV,
         )  # fmt: skip
     return dk

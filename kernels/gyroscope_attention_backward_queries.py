@@ -123,10 +123,10 @@ def query_tile(
         p_km += BN * km_s[1]
         p_v += BN * v_s[2]
         p_dk += BN * dk_s[2]
-    for start in tl.range(whole, end, BN):
+    if whole < end:
         dq = add_keys(
             dq, q, own, reference, delta, p_km + o_k, p_v, p_columns, p_bias, p_dk + o_dk,
-            start, t0, T, N, scale, v_s,
+            whole, t0, T, N, scale, v_s,
             VALIDITY, BY_DELTA, DK, True, EXACT, PRECISION, D, DP, WIDTHS, TV,
         )  # fmt: skip
     return dq

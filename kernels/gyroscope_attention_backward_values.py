@@ -83,9 +83,9 @@ def value_tile(
         )  # fmt: skip
         p_qm += BM * qm_s[1]
         p_do += BM * do_s[2]
-    for start in tl.range(whole, end, BM):
+    if whole < end:
         dv = add_queries(
-            dv, k, usable, p_qm + o_q, p_do, p_reference, start, t, do_s, T, N, scale,
+            dv, k, usable, p_qm + o_q, p_do, p_reference, whole, t, do_s, T, N, scale,
             OWN, True, EXACT, PRECISION, D, DP, WIDTHS,
         )  # fmt: skip
     for i in tl.static_range(len(WIDTHS)):

@@ -36,7 +36,9 @@ AMPERE = {
     ("forward", True): ((128, 128, 32, 8, 3), (128, 128, 32, 8, 3)),
     ("keys", False): ((320, 64, 128, 8, 2), (96, 32, 128, 8, 2)),
     ("keys", True): ((256, 64, 128, 8, 2), (128, 32, 128, 8, 2), (128, 32, 64, 8, 2)),
+    ("keys", 64): ((320, 32, 128, 8, 2), (96, 32, 128, 8, 2)),
     ("queries", False): ((320, 128, 64, 8, 2), (96, 128, 32, 8, 2)),
+    ("queries", 64): ((320, 128, 32, 8, 2), (96, 128, 32, 8, 2)),
     ("queries", True): ((256, 128, 64, 8, 2), (128, 128, 32, 8, 2), (128, 64, 32, 8, 2)),
     ("values", False): ((192, 32, 128, 8, 2), (128, 32, 128, 8, 2)),
     ("values", True): ((128, 32, 128, 8, 2), (128, 32, 128, 8, 2)),
@@ -129,7 +131,7 @@ def tile(
     columns, *rest = entries[min(launch, len(entries) - 1)]
     widest = 64
     if table is HOPPER:  # of one product: sums, of which some spill if there are more, or factors
-        widest = 128 if kernel in ("forward", "values") else 256
+        widest = 256 if kernel in ("keys", "queries") else 128
     return Tile(widths(dates, columns, head_dim, widest), *rest)
 
 

@@ -98,7 +98,7 @@ def compile_one(capability, kernel, signature, constants, *launch) -> dict:
 
 
 def assemble(ptx: str, capability: int) -> dict:
-    """Registers and spills as ptxas reports them."""
+    """Registers, spills, and whether products of `wgmma` wait for each other, as ptxas reports."""
     nvidia = triton.knobs.nvidia
     tool = nvidia.ptxas_blackwell if capability >= 100 else nvidia.ptxas
     arch = f"sm_{capability}" + ("a" if capability >= 90 else "")
@@ -109,7 +109,10 @@ def assemble(ptx: str, capability: int) -> dict:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = re.search(r"Used (\d+) registers", said)
     spills = re.findall(r"(\d+) bytes spill", said)
-    return {"registers": int(registers[1]), "spills": sum(map(int, spills))}
+    serialized = "wgmma.mma_async instructions are serialized" in said
+    return {
+        "registers": int(registers[1]), "spills": sum(map(int, spills)), "serialized": serialized
+    }  # fmt: skip
 
 
 def main(capability: int) -> None:

@@ -26,6 +26,6 @@ def test_triton_configurations(capability, tmp_path):
     assert len(lines) > 30
     assert capability != 90 or any(line["wgmma"] for line in lines), "disassembly is not understood"
     for line in lines:
-        assert line["spills"] == 0, line
+        assert line["spills"] == 0 and not line["serialized"], line
         assert line["shared"] <= SHARED[capability], line
         assert not line.get("foreign"), line

@@ -72,7 +72,7 @@ def launch_gyroscope():
         (launch_gather, 3),
         (launch_scatter, 3),
         (launch_loss, 4),
-        (launch_gyroscope, 6),
+        (launch_gyroscope, 7),
     ],
 )
 def test_any_number_of_samples_fits_into_a_grid(launch, kernels, grids):
