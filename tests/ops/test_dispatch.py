@@ -95,8 +95,8 @@ def test_unproven_kernels_stay_off(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(dispatch, "unavailable", lambda backend: None)
     record = dispatch.Backend("triton", None, ("cuda",), (torch.float32,))
-    op = dispatch.Op("op", None, {"triton": record, "reference": dispatch.Backend(
-        "reference", None, ("cuda",), (torch.float32,))})  # fmt: skip
+    reference = dispatch.Backend("reference", None, ("cuda",), (torch.float32,))
+    op = dispatch.Op("op", None, {"reference": reference, "triton": record})
     request = dispatch.Request(torch.device("cuda"), torch.float32)
     assert op.choose(request).backend == "reference"
     assert "no committed parity result on sm_90" in op.choose(request).reasons["triton"]
@@ -106,6 +106,18 @@ def test_unproven_kernels_stay_off(monkeypatch):
     choice = op.choose(request)
     assert choice.backend == "triton" and choice.evidence == proven["sm_90"]
     assert str(choice).startswith("op: triton (passed: benchmarks/results/h100/parity.json)")
+
+
+def test_the_last_record_is_preferred():
+    """Of a GPU's kernels that of Triton where it was measured to be the faster one."""
+    for name in ("cpp", "reference"):
+        records = {b: dispatch.Backend(b, None, ("cpu",), (torch.float32,)) for b in ("cpp", "reference")}
+        op = dispatch.Op("op", None, dict(sorted(records.items(), key=lambda x: x[0] == name)))
+        request = dispatch.Request(torch.device("cpu"), torch.float32)
+        assert op.choose(request).backend == name
+        assert op.choose(request, "cpp,reference").backend == "cpp"
+    for op in ("masked_pixel_loss", "masked_pixel_loss_backward"):
+        assert list(dispatch.OPS[op].backends)[-1] == dispatch.TRITON
 
 
 def test_limits_of_a_record():

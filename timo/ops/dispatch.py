@@ -16,7 +16,7 @@ from torch import Tensor
 REFERENCE, CPP, TRITON, CUDA = "reference", "cpp", "triton", "cuda"
 TRITON_ATOMIC = "triton_atomic"  # Triton kernels that add up some gradient in any order
 ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")  # where PyTorch alone runs
-BACKENDS = (CUDA, TRITON, TRITON_ATOMIC, CPP, REFERENCE)  # order of preference under "auto"
+BACKENDS = (CUDA, TRITON, TRITON_ATOMIC, CPP, REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,9 @@ class Op:
         """
         if wanted == "auto":
             wanted = os.environ.get("TIMO_BACKEND") or "auto"
-        names = BACKENDS if wanted == "auto" else tuple(map(str.strip, wanted.split(",")))
+        names = tuple(map(str.strip, wanted.split(",")))
+        if wanted == "auto":
+            names = tuple(reversed(self.backends))
         if unknown := set(names) - set(BACKENDS):
             raise ValueError(
                 f"backend is {wanted!r} (argument or TIMO_BACKEND), {sorted(unknown)} is unknown; "
@@ -169,7 +171,10 @@ OPS: dict[str, Op] = {}
 
 
 def register(name: str, request: Callable[..., Request], *backends: Backend) -> Op:
-    """Enter an op's records into the registry that dispatch, `explain` and the tests read."""
+    """Enter an op's records into the registry that dispatch, `explain` and the tests read.
+
+    Of the backends that can run a request "auto" takes the last.
+    """
     op = OPS[name] = Op(name, request, {b.name: b for b in backends})
     return op
 

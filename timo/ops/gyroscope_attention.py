@@ -341,10 +341,10 @@ def _request_backward(grad, *_, **__) -> Request:
 
 
 TRITON_LIMITS = {
-    "devices": dispatch.triton_devices(),
     "dtypes": HALF_AND_SINGLE,
     "head_dims": (1, 128),
     "min_capability": (8, 0),
+    **dispatch.BY_TRITON,
 }
 FORWARD = dispatch.register(
     "gyroscope_attention",
