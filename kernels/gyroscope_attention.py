@@ -111,7 +111,10 @@ def backward(
         }  # fmt: skip
 
         def launch(kernel, tile, dates, block, *tensors, own, flags=False, **options):
-            """Over tiles of dates; a second launch, `own`, takes one date after the other."""
+            """Over tiles of dates; a second launch, `own`, takes one date after the other.
+
+            `flags`: the kernel has products with V, and so with validity by position.
+            """
             TT, TV = sizes(tile)
             if flags:
                 dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
@@ -137,11 +140,11 @@ def backward(
             return torch.stack([x.sum(2) for x in parts], 2).permute(0, 2, 3, 1)
 
         def tile_of(name, dates, second=False):
-            launch = 2 if second else int(kind == BY_POSITION.value)
-            return config.tile(name, dates, D, q.dtype, launch, capability(q))
+            turn = 2 if second else int(kind == BY_POSITION.value)
+            return config.tile(name, dates, D, q.dtype, turn, capability(q))
 
         inputs = q_median, k_median, v
-        # Positions adjacent.
+        # As `numbers`: positions adjacent.
         shared = spatial_lse.transpose(1, 2).contiguous().transpose(1, 2)[:, None]
         shared = shared.expand(B, T, N, H)
         tile = tile_of("values", T)
