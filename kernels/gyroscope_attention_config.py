@@ -1,7 +1,7 @@
 """Tiles of the gyroscope attention kernels: a static table, read by shape class.
 
 tests/ahead_of_time.py holds head dimensions 32 and 64 to no spilled registers and to the limit of
-shared memory, with TIMO_AOT=all every class.
+shared memory. With TIMO_AOT=all it compiles every class, of which some spill.
 """
 
 from typing import NamedTuple

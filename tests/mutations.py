@@ -347,8 +347,8 @@ MUTANTS = [
     Mutant(
         "triton: the last queries are left out",
         "kernels/gyroscope_attention_backward_values.py",
-        "    for start in tl.range(whole, end, BM):\n",
-        "    for start in tl.range(whole, whole, BM):\n",
+        "    if whole < end:\n",
+        "    if whole < 0:\n",
         TRITON_FUZZ,
     ),
     Mutant(
@@ -363,7 +363,7 @@ MUTANTS = [
         "kernels/gyroscope_attention.py",
         "return dates % sum(tile.widths) == 0 and",
         "return",
-        TRITON_FUZZ,
+        TRITON_TILES,
     ),
     Mutant(
         "triton: pieces of a sum change places",
