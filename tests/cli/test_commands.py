@@ -254,6 +254,8 @@ def test_info(capsys):
     assert run("info") == 0
     said = capsys.readouterr().out
     assert "temporal_median" in said and "torch" in said
+    taken = said.split("`auto` takes")[1]
+    assert "gyroscope_attention            triton  sm_90" in taken and "atomic" not in taken
     assert run() == 2 and run("--help") == 0
 
 

@@ -41,7 +41,7 @@ def info(arguments: Sequence[str]) -> int:
     print("\nGPU kernels that `auto` takes, with the committed result that each passed on that GPU")
     for op in dispatch.OPS.values():
         for backend in op.backends.values():
-            for capability, path in backend.proven.items():
+            for capability, path in backend.proven.items() if backend.deterministic else ():
                 print(f"  {op.name:30s} {backend.name:7s} {capability:7s} {path}")
     if not any(b.proven for op in dispatch.OPS.values() for b in op.backends.values()):
         print("  none yet: `make gpu` makes such a result on a machine with a GPU")
