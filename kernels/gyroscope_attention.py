@@ -2,8 +2,9 @@
 
 Memory beside inputs and results: with validity one copy of v; with validity by position a byte a
 query forward, and validity as a number a position and date (`columns`), tiles of dates padded to
-16. Backward one series (do'), two numbers a query (three with validity by position), and a float32
-dq_median per tile of dates and as many dk_median, or with atomic additions one.
+16. Backward one series (do'), two numbers a query and their sums by tile of dates (with validity by
+position three), and a float32 dq_median per tile of dates and as many dk_median, or with atomic
+additions one.
 """
 
 import torch
@@ -110,13 +111,13 @@ def backward(
             "VALIDITY": kind, "PRECISION": precision(q.dtype), "D": D, "DP": config.padded(D)
         }  # fmt: skip
 
-        def launch(kernel, tile, dates, block, *tensors, own, flags=False, **options):
+        def launch(kernel, tile, dates, block, *tensors, own, columned=False, **options):
             """Over tiles of dates; a second launch, `own`, takes one date after the other.
 
-            `flags`: the kernel has products with V, and so with validity by position.
+            `columned`: the kernel takes validity by position as `columns`.
             """
             TT, TV = sizes(tile)
-            if flags:
+            if columned:
                 dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
                 by_delta = kind == BY_POSITION.value and not own
                 options |= {"p_columns": columns(usable, TT, TV, dtype) if by_delta else usable}
@@ -160,14 +161,14 @@ def backward(
             launch(
                 spatial_key_kernel, tile, T, tile.keys,
                 *inputs, scaled, usable, shared, of_tiles(share, tile), seen, dk_slots,
-                own=False, flags=True,
+                own=False, columned=True,
             )  # fmt: skip
         tile = tile_of("both" if atomic else "queries", T)
         dq_slots = slots(triton.cdiv(T, sum(tile.widths)))
         launch(
             spatial_query_kernel, tile, T, tile.queries,
             *inputs, scaled, on_any_date(seen, kind), shared, of_tiles(share, tile),
-            dq_slots, dk_slots, own=False, flags=True, DK=atomic,
+            dq_slots, dk_slots, own=False, columned=True, DK=atomic,
         )  # fmt: skip
         if kind == BY_POSITION.value:
             some = own.isfinite().any(2).view(torch.uint8)
@@ -179,13 +180,13 @@ def backward(
             tile = tile_of("keys", 1, second=True)
             launch(
                 spatial_key_kernel, tile, 1, tile.keys,
-                *inputs, grad, usable, own, delta, some, dk_slots, own=True, flags=True,
+                *inputs, grad, usable, own, delta, some, dk_slots, own=True, columned=True,
             )  # fmt: skip
             tile = tile_of("queries", 1, second=True)
             launch(
                 spatial_query_kernel, tile, 1, tile.queries,
                 *inputs, grad, bias(usable), own, delta, dq_slots, dk_slots,
-                own=True, flags=True, DK=False,
+                own=True, columned=True, DK=False,
             )  # fmt: skip
     dq_median, dk_median = map(over_slots, (dq_slots, dk_slots))
     if valid is not None:

@@ -1,28 +1,26 @@
 """Gyroscope attention, backward of the spatial part: gradient of the median queries.
 
-gyroscope_attention_backward.py explains it, and the second launches, OWN. p_delta is that of
-gyroscope_attention_backward_keys.py.
+gyroscope_attention_backward.py explains it, and the second launches, OWN. p_reference and p_delta
+are those of gyroscope_attention_backward_keys.py.
 """
 
 import triton
 import triton.language as tl
 
-from timo.kernels.gyroscope_attention_backward_keys import (
-    date_numbers,
-    in_registers,
-    plus_product,
-    rows_by_rows,
-)
 from timo.kernels.gyroscope_attention_blocks import (
     BITS,
     BY_POSITION,
     date_columns,
+    date_numbers,
+    in_registers,
     key_columns,
     load_dates,
     load_numbers,
     load_rows,
     only_keys,
     place,
+    plus_product,
+    rows_by_rows,
 )
 
 

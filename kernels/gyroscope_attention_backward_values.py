@@ -1,6 +1,7 @@
 """Gyroscope attention, backward of the spatial part: gradient of the values.
 
-gyroscope_attention_backward.py explains it, and the second launches, OWN.
+gyroscope_attention_backward.py explains it, and the second launches, OWN. Positions are adjacent in
+p_reference.
 """
 
 import triton
@@ -9,7 +10,7 @@ import triton.language as tl
 from timo.kernels.gyroscope_attention_blocks import (
     BITS,
     BY_POSITION,
-    MOST,
+    COLUMNS,
     date_columns,
     load_dates,
     load_numbers,
@@ -89,7 +90,7 @@ def value_tile(
             OWN, True, EXACT, PRECISION, D, DP, WIDTHS,
         )  # fmt: skip
     for i in tl.static_range(len(WIDTHS)):
-        parts = pieces(dv[i], MOST if DP < MOST else DP)
+        parts = pieces(dv[i], COLUMNS if DP < COLUMNS else DP)
         for j in tl.static_range(len(parts)):
             add_to_dates(
                 parts[j], p_dv, p_valid, inside, block * BN, t, dv_s, valid_s, T, N,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 BITS = tl.constexpr(1.4426950408889634)  # e ** x is 2 ** (BITS * x)
-MOST = tl.constexpr(64)  # columns that an epilogue takes at a time; more spill
+COLUMNS = tl.constexpr(64)  # that an epilogue takes at a time; more spill
 NONE, BY_DATE, BY_POSITION = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # validity
 
 
@@ -156,3 +156,68 @@ def load_dates(
     else:
         x = tl.load(p)
     return x
+
+
+@triton.jit
+def in_registers(x):
+    """x, a left operand of many products, in the layout of a product's result.
+
+    Products take it from registers then. From shared memory they would read it every time, and at
+    32 columns that takes longer than the product.
+    """
+    nothing = tl.zeros([x.shape[0], 16], x.dtype)
+    return tl.dot(nothing, tl.zeros([16, x.shape[1]], x.dtype), x.to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
+def rows_by_rows(a, b, acc, PRECISION: tl.constexpr):
+    """acc [M, N] and the products of the rows of a [M, K] and b [N, K].
+
+    Exact ones of K > 64 come in two halves, even and odd columns: CUDA cores take all of K into
+    registers, and two operands of 128 leave none.
+    """
+    M: tl.constexpr = a.shape[0]
+    N: tl.constexpr = b.shape[0]
+    K: tl.constexpr = a.shape[1]
+    if PRECISION == "ieee" and K > 64:
+        a0, a1 = tl.split(tl.reshape(a, [M, K // 2, 2]))
+        b0, b1 = tl.split(tl.reshape(b, [N, K // 2, 2]))
+        acc = tl.dot(a0, tl.trans(b0), acc, input_precision=PRECISION)
+        acc = tl.dot(a1, tl.trans(b1), acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def date_numbers(
+    p, count, t, stride_t, T, R: tl.constexpr, TT: tl.constexpr, TV: tl.constexpr,
+    TAIL: tl.constexpr,
+):  # fmt: skip
+    """Float32 numbers [TV, R] of the TT dates from t on at R positions, of a tail's `count`.
+
+    p points at the first of them.
+    """
+    i = tl.arange(0, TV)
+    n = tl.arange(0, R)
+    m = ((i < TT) & (t + i < T))[:, None]
+    if TAIL:
+        m = m & (n < count)[None, :]
+    return tl.load(p + i.to(tl.int64)[:, None] * stride_t + n[None, :], mask=m, other=0.0)
+
+
+@triton.jit
+def plus_product(acc, numbers, ones, ONES_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """acc and the product of float32 numbers and zeros and ones, or minus ones.
+
+    bfloat16 `ones` meet the numbers in two parts, 16 bits together.
+    """
+    PARTS: tl.constexpr = 1 if ones.dtype == tl.float32 else 2
+    for _ in tl.static_range(PARTS):
+        rounded = numbers.to(ones.dtype)
+        if ONES_FIRST:
+            acc = tl.dot(ones, rounded, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(rounded, ones, acc, input_precision=PRECISION)
+        numbers = numbers - rounded.to(tl.float32)
+    return acc

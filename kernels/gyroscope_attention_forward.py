@@ -16,7 +16,7 @@ import triton.language as tl
 from timo.kernels.gyroscope_attention_blocks import (
     BITS,
     BY_POSITION,
-    MOST,
+    COLUMNS,
     NONE,
     date_columns,
     date_rows,
@@ -285,7 +285,7 @@ def spatial_kernel(
     t = t0
     p_out += (block * BM).to(tl.int64) * out_s[2]
     for i in tl.static_range(len(WIDTHS)):
-        parts = pieces(acc[i], MOST if DP < MOST else DP)
+        parts = pieces(acc[i], COLUMNS if DP < COLUMNS else DP)
         for j in tl.static_range(len(parts)):
             merge_dates(
                 parts[j], mass, date_mass, top, p_gate, p_valid, p_out, p_lse, p_far, block * BM,

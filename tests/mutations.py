@@ -366,6 +366,13 @@ MUTANTS = [
         TRITON_TILES,
     ),
     Mutant(
+        "triton: factors are lost on their way to registers",
+        "kernels/gyroscope_attention_blocks.py",
+        "x.dtype), x.to(tl.float32)).to(x.dtype)",
+        "x.dtype)).to(x.dtype)",
+        TRITON_WIDE,
+    ),
+    Mutant(
         "triton: pieces of a sum change places",
         "kernels/gyroscope_attention_blocks.py",
         "out = pieces(a, C) + pieces(b, C)",
@@ -381,7 +388,7 @@ MUTANTS = [
     ),
     Mutant(
         "triton: delta of valid keys is left out",
-        "kernels/gyroscope_attention_backward_keys.py",
+        "kernels/gyroscope_attention_blocks.py",
         "PARTS: tl.constexpr = 1 if ones.dtype == tl.float32 else 2",
         "PARTS: tl.constexpr = 0",
         TRITON_MASKS,
@@ -410,8 +417,8 @@ MUTANTS = [
     Mutant(
         "triton: rows of the second launch are not added",
         "kernels/gyroscope_attention.py",
-        "*inputs, grad, usable, own, delta, some, dk_slots, own=True, flags=True,",
-        "*inputs, grad, usable, own, delta, some, slots(1), own=True, flags=True,",
+        "*inputs, grad, usable, own, delta, some, dk_slots, own=True, columned=True,",
+        "*inputs, grad, usable, own, delta, some, slots(1), own=True, columned=True,",
         TRITON_ATOMIC_OWN,
     ),
     Mutant(

@@ -20,6 +20,11 @@ def test_one_dimensional_code():
     assert torch.allclose(code, torch.tensor(exact, dtype=torch.float64), rtol=0, atol=1e-13)
 
 
+def test_the_table_is_an_op():
+    for position in (torch.arange(5), torch.tensor([[0.5, 2.0, 31.25]], dtype=torch.float64)):
+        torch.library.opcheck(torch.ops.timo.sincos, (position, 12))
+
+
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_date_then_column_then_row(per_sample):
     time = torch.tensor([[0.0, 2.5], [1.0, 7.0]], dtype=torch.float64)

@@ -108,16 +108,19 @@ def test_unproven_kernels_stay_off(monkeypatch):
     assert str(choice).startswith("op: triton (passed: benchmarks/results/h100/parity.json)")
 
 
-def test_the_last_record_is_preferred():
+def test_the_last_record_is_preferred(monkeypatch):
     """Of a GPU's kernels that of Triton where it was measured to be the faster one."""
-    for name in ("cpp", "reference"):
-        records = {b: dispatch.Backend(b, None, ("cpu",), (torch.float32,)) for b in ("cpp", "reference")}
-        op = dispatch.Op("op", None, dict(sorted(records.items(), key=lambda x: x[0] == name)))
-        request = dispatch.Request(torch.device("cpu"), torch.float32)
-        assert op.choose(request).backend == name
-        assert op.choose(request, "cpp,reference").backend == "cpp"
-    for op in ("masked_pixel_loss", "masked_pixel_loss_backward"):
-        assert list(dispatch.OPS[op].backends)[-1] == dispatch.TRITON
+    monkeypatch.delenv("TIMO_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "unavailable", lambda backend: None)
+    names = dispatch.CPP, dispatch.REFERENCE
+    records = {b: dispatch.Backend(b, None, ("cpu",), (torch.float32,)) for b in names}
+    request = dispatch.Request(torch.device("cpu"), torch.float32)
+    for order in (names, names[::-1]):
+        op = dispatch.Op("op", None, {name: records[name] for name in order})
+        assert op.choose(request).backend == order[-1]
+        assert op.choose(request, "cpp,reference").backend == dispatch.CPP
+    for name in ("masked_pixel_loss", "masked_pixel_loss_backward"):
+        assert list(dispatch.OPS[name].backends)[-1] == dispatch.TRITON
 
 
 def test_limits_of_a_record():

@@ -105,6 +105,12 @@ def test_wide_tiles(kind, wide_tiles, poisoned):
     compare((1, 7, 32, 1, 32), kind, torch.bfloat16, 4)  # whole blocks alone
     compare((1, 9, 19, 1, 16), kind, torch.float16, 5)
     compare((1, 5, 21, 1, 24), kind, torch.float32, 6)
+    compare((1, 2, 67, 1, 16), kind, torch.bfloat16, 7)  # 64 keys at a time at first
+
+
+def test_wide_tiles_with_a_maximum_of_their_own(wide_tiles, poisoned, monkeypatch):
+    monkeypatch.setattr(kernels, "most", lambda dtype: 2.0**-100)
+    compare((1, 3, 19, 1, 32), "position", torch.bfloat16, 8)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -173,7 +173,7 @@ OPS: dict[str, Op] = {}
 def register(name: str, request: Callable[..., Request], *backends: Backend) -> Op:
     """Enter an op's records into the registry that dispatch, `explain` and the tests read.
 
-    Of the backends that can run a request "auto" takes the last.
+    "auto" takes the last that can run a request and is proven where it is to run.
     """
     op = OPS[name] = Op(name, request, {b.name: b for b in backends})
     return op
