@@ -7,6 +7,8 @@ position three), and a float32 dq_median per tile of dates and as many dk_median
 additions one.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -133,11 +135,12 @@ def backward(
             """A number a channel and tile of dates, added up in one order whatever runs first."""
             return torch.empty((tiles, B, N, H, D), dtype=torch.float32, device=q.device)
 
-        def of_tiles(share, tile):
-            """Sums over the dates of a tile, where all dates have the same keys."""
+        @cache
+        def of_tiles(dates):
+            """`share`, or where all dates have the same keys its sums over tiles of `dates`."""
             if kind == BY_POSITION.value:
                 return share
-            parts = share.permute(0, 3, 1, 2).split(sum(tile.widths), 2)  # (B, H, dates, N)
+            parts = share.permute(0, 3, 1, 2).split(dates, 2)  # (B, H, dates, N)
             return torch.stack([x.sum(2) for x in parts], 2).permute(0, 2, 3, 1)
 
         def tile_of(name, dates, second=False):
@@ -160,14 +163,14 @@ def backward(
             dk_slots = slots(triton.cdiv(T, sum(tile.widths)))
             launch(
                 spatial_key_kernel, tile, T, tile.keys,
-                *inputs, scaled, usable, shared, of_tiles(share, tile), seen, dk_slots,
+                *inputs, scaled, usable, shared, of_tiles(sum(tile.widths)), seen, dk_slots,
                 own=False, columned=True,
             )  # fmt: skip
         tile = tile_of("both" if atomic else "queries", T)
         dq_slots = slots(triton.cdiv(T, sum(tile.widths)))
         launch(
             spatial_query_kernel, tile, T, tile.queries,
-            *inputs, scaled, on_any_date(seen, kind), shared, of_tiles(share, tile),
+            *inputs, scaled, on_any_date(seen, kind), shared, of_tiles(sum(tile.widths)),
             dq_slots, dk_slots, own=False, columned=True, DK=atomic,
         )  # fmt: skip
         if kind == BY_POSITION.value:

@@ -11,18 +11,19 @@ import triton
 import triton.language as tl
 
 from timo.kernels.gyroscope_attention_blocks import (
-    BITS,
     BY_POSITION,
     date_columns,
     date_numbers,
     in_registers,
     key_columns,
-    load_dates,
+    load_gradients,
     load_numbers,
     load_rows,
     place,
     plus_product,
     rows_by_rows,
+    to_slot,
+    weights_of_keys,
 )
 
 
@@ -70,12 +71,7 @@ def spatial_key_kernel(
         )  # fmt: skip
         t += 1
     p_dk += tile.to(tl.int64) * dk_s[0] + b * dk_s[1] + h * dk_s[3] + first * dk_s[2]
-    p_dk += (tl.arange(0, BN) * dk_s[2])[:, None] + d[None, :]
-    dk = dk * scale
-    if OWN:
-        dk += tl.load(p_dk, mask=m, other=0.0)
-        tl.debug_barrier()  # dk is read and overwritten; threads may hold copies
-    tl.store(p_dk, dk, mask=m)
+    to_slot(dk, p_dk, m, dk_s[2], scale, OWN)
 
 
 @triton.jit
@@ -137,20 +133,13 @@ def add_queries(
     BM: tl.constexpr = p_q.shape[0]
     q = load_rows(p_q, N - start, TAIL, D, DP)
     reference = load_numbers(p_reference + start, N - start, BM, float("inf"), TAIL)
-    e = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * BITS)
-    p = tl.exp2(e - reference[None, :])  # [BN, BM]
-    if OWN:
-        p = tl.where(usable[:, None], p, 0.0)
+    p = weights_of_keys(k, q, reference, usable, scale, OWN, PRECISION)  # [BN, BM]
     dp = tl.zeros([k.shape[0], BM], tl.float32)
     t = t0
     for i in tl.static_range(len(WIDTHS)):
-        if OWN:  # elsewhere do may be anything
-            p_t, m_t = date_columns(p_do, start, t, do_s[1], do_s[2], T, N, BM, WIDTHS[i], D, DP)
-            do = tl.load(p_t, mask=m_t & (reference < float("inf"))[:, None], other=0.0)
-        else:
-            do = load_dates(
-                p_do, N - start, t, do_s[1], do_s[2], T, BM, WIDTHS[i], TAIL, EXACT, D, DP
-            )
+        do = load_gradients(
+            p_do, reference, start, t, do_s, T, N, WIDTHS[i], OWN, TAIL, EXACT, D, DP
+        )
         dp = rows_by_rows(values[i], do, dp, PRECISION)
         t += WIDTHS[i]
     if BY_DELTA:

@@ -21,6 +21,7 @@ from timo.kernels.gyroscope_attention_blocks import (
     place,
     plus_product,
     rows_by_rows,
+    to_slot,
 )
 
 
@@ -67,12 +68,7 @@ def spatial_query_kernel(
         )  # fmt: skip
         t += 1
     p_dq += tile.to(tl.int64) * dq_s[0] + b * dq_s[1] + h * dq_s[3] + first * dq_s[2]
-    p_dq += (tl.arange(0, BM) * dq_s[2])[:, None] + d[None, :]
-    dq = dq * scale
-    if OWN:
-        dq += tl.load(p_dq, mask=m, other=0.0)
-        tl.debug_barrier()  # dq is read and overwritten; threads may hold copies
-    tl.store(p_dq, dq, mask=m)
+    to_slot(dq, p_dq, m, dq_s[2], scale, OWN)
 
 
 @triton.jit

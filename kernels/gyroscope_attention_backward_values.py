@@ -8,15 +8,15 @@ import triton
 import triton.language as tl
 
 from timo.kernels.gyroscope_attention_blocks import (
-    BITS,
     BY_POSITION,
     COLUMNS,
     date_columns,
-    load_dates,
+    load_gradients,
     load_numbers,
     load_rows,
     pieces,
     place,
+    weights_of_keys,
 )
 
 
@@ -109,20 +109,13 @@ def add_queries(
     BM: tl.constexpr = p_q.shape[0]
     q = load_rows(p_q, N - start, TAIL, D, DP)
     reference = load_numbers(p_reference + start, N - start, BM, float("inf"), TAIL)
-    e = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * BITS)
-    p = tl.exp2(e - reference[None, :])  # [BN, BM]
-    if OWN:
-        p = tl.where(usable[:, None], p, 0.0)
+    p = weights_of_keys(k, q, reference, usable, scale, OWN, PRECISION)  # [BN, BM]
     p = p.to(k.dtype)
     added = ()
     for i in tl.static_range(len(WIDTHS)):
-        if OWN:  # elsewhere do may be anything
-            p_t, m_t = date_columns(p_do, start, t, do_s[1], do_s[2], T, N, BM, WIDTHS[i], D, DP)
-            do = tl.load(p_t, mask=m_t & (reference < float("inf"))[:, None], other=0.0)
-        else:
-            do = load_dates(
-                p_do, N - start, t, do_s[1], do_s[2], T, BM, WIDTHS[i], TAIL, EXACT, D, DP
-            )
+        do = load_gradients(
+            p_do, reference, start, t, do_s, T, N, WIDTHS[i], OWN, TAIL, EXACT, D, DP
+        )
         added = added + (tl.dot(p, do, dv[i], input_precision=PRECISION),)
         t += WIDTHS[i]
     return added

@@ -221,3 +221,44 @@ def plus_product(acc, numbers, ones, ONES_FIRST: tl.constexpr, PRECISION: tl.con
             acc = tl.dot(rounded, ones, acc, input_precision=PRECISION)
         numbers = numbers - rounded.to(tl.float32)
     return acc
+
+
+@triton.jit
+def weights_of_keys(
+    k, q, reference, usable, scale, OWN: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Weights [keys, queries] relative to the queries' `reference`, OWN of `usable` keys alone."""
+    e = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * BITS)
+    p = tl.exp2(e - reference[None, :])
+    if OWN:
+        p = tl.where(usable[:, None], p, 0.0)
+    return p
+
+
+@triton.jit
+def load_gradients(
+    p_do, reference, start, t, do_s, T, N, W: tl.constexpr, OWN: tl.constexpr,
+    TAIL: tl.constexpr, EXACT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """do of the queries from `start`, at p_do, on, [queries, W * DP], OWN of finite `reference`."""
+    R: tl.constexpr = reference.shape[0]
+    if OWN:  # elsewhere do may be anything
+        p, m = date_columns(p_do, start, t, do_s[1], do_s[2], T, N, R, W, D, DP)
+        do = tl.load(p, mask=m & (reference < float("inf"))[:, None], other=0.0)
+    else:
+        do = load_dates(p_do, N - start, t, do_s[1], do_s[2], T, R, W, TAIL, EXACT, D, DP)
+    return do
+
+
+@triton.jit
+def to_slot(x, p, m, stride_n, scale, OWN: tl.constexpr):
+    """Float32 sums x [positions, DP] times scale to p, OWN added to what is there.
+
+    m: what exists.
+    """
+    p += (tl.arange(0, x.shape[0]) * stride_n)[:, None] + tl.arange(0, x.shape[1])[None, :]
+    x = x * scale
+    if OWN:
+        x += tl.load(p, mask=m, other=0.0)
+        tl.debug_barrier()  # sums are read and overwritten; threads may hold copies
+    tl.store(p, x, mask=m)

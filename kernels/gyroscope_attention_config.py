@@ -132,9 +132,8 @@ def tile(
     entries = table.get((kernel, padded(head_dim)), table[kernel, head_dim > 64])
     columns, *rest = entries[min(launch, len(entries) - 1)]
     widest = 64
-    if (
-        table is HOPPER
-    ):  # `wgmma` takes 256; of sums, and beside sums in memory, more than 128 spill
+    if table is HOPPER:
+        # `wgmma` takes 256; of sums, and beside sums in memory, more than 128 spill.
         widest = 256 if kernel in ("keys", "queries") else 128
     return Tile(widths(dates, columns, head_dim, widest), *rest)
 

@@ -16,7 +16,7 @@ DAYS_PER_MONTH = 30.4375
 def sincos(position: Tensor, dim: int) -> Tensor:
     """1-D code of `position`: (...,) -> (..., dim) float64, `[sin(p·ω_i) …, cos(p·ω_i) …]`.
 
-    ω_i = 10000^(−i/(dim/2)) for i = 0 … dim/2 − 1; `dim` is even.
+    ω_i = 10000^(−i/(dim/2)) for i = 0 … dim/2 − 1; `dim` is even. Not differentiable.
     """
     return torch.ops.timo.sincos(position, dim)
 

@@ -127,9 +127,8 @@ class Op:
         """
         if wanted == "auto":
             wanted = os.environ.get("TIMO_BACKEND") or "auto"
-        names = tuple(map(str.strip, wanted.split(",")))
-        if wanted == "auto":
-            names = tuple(reversed(self.backends))
+        listed = reversed(self.backends) if wanted == "auto" else wanted.split(",")
+        names = tuple(map(str.strip, listed))
         if unknown := set(names) - set(BACKENDS):
             raise ValueError(
                 f"backend is {wanted!r} (argument or TIMO_BACKEND), {sorted(unknown)} is unknown; "

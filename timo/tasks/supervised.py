@@ -1,6 +1,7 @@
 """What segmentation and classification share: classes, loss, metrics, pretrained weights."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from timo.tasks.runs import TASK
 _UNNAMED = re.compile(r"band\d+")  # what a band is called where files do not say
 
 
-class SupervisedTask(SeriesTask):
+class SupervisedTask(SeriesTask, ABC):
     """A model that gives logits of classes, and labels to compare them with.
 
     Subclasses say in `kind` which model of `timo.create_model` it is, in `target` which key of
@@ -94,21 +95,21 @@ class SupervisedTask(SeriesTask):
         self.val_metrics = self.metrics().clone("val/")
         self.test_metrics = self.metrics().clone("test/")
 
+    @abstractmethod
     def metrics(self) -> MetricCollection:
         """What validation and test measure, over labels other than 255; `scores` says which.
 
         A class that occurs in neither labels nor predictions has no score: NaN, which counts in
         no mean.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def flat(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Frames as further samples. Raises ValueError where `per_frame` and labels disagree."""
-        raise NotImplementedError
 
+    @abstractmethod
     def labels_of(self, batch: dict) -> Tensor:
         """The labels of a batch, 255 where there is none or nothing valid to judge by."""
-        raise NotImplementedError
 
     def check_labels(self, batch: dict) -> None:
         """Raise DataError where a batch, on the host, has no labels, or one of no class."""
