@@ -42,6 +42,7 @@ TRITON_LOSS = (INTERPRET, LOSS[0], "-k", "parity and triton and date")
 
 EMULATED = "tests/ops/test_cuda_emulated.py"
 CUDA_GATHER = (EMULATED, "-k", "gather_units and not random")
+CUDA_LARGE = (EMULATED, "-k", "large_tiles")
 CUDA_SCATTER = (EMULATED, "-k", "scatter_units and not random")
 CUDA_LOSS = (EMULATED, "-k", "masked_pixel_loss")
 CUDA_MEDIAN = (EMULATED, "-k", "test_temporal_median")
@@ -578,15 +579,50 @@ MUTANTS = [
     Mutant(
         "cuda: no barrier between finding the neighbours and using them",
         "csrc/cuda/gather_units.cu",
-        "left, unit, u.W, window.above, p.j, S);\n  __syncthreads();\n",
-        "left, unit, u.W, window.above, p.j, S);\n",
+        "offset_of(u, c0 + c)};\n  __syncthreads();\n",
+        "offset_of(u, c0 + c)};\n",
         CUDA_GATHER,
     ),
     Mutant(
         "cuda: halo on the wrong side",
         "csrc/cuda/gather_units.cu",
-        "left = p.j * u.unit - a.before;",
-        "left = p.j * u.unit - a.after;",
+        "top = p.i * u.unit - a.before + first",
+        "top = p.i * u.unit - a.after + first",
+        CUDA_GATHER,
+    ),
+    Mutant(
+        "cuda: tiles are written before they are whole",
+        "csrc/cuda/gather_units.cu",
+        "  __syncthreads();\n  write(out",
+        "  write(out",
+        CUDA_GATHER,
+    ),
+    Mutant(
+        "cuda: tiles begin at 16 bytes",
+        "csrc/cuda/gather_units.cu",
+        "reinterpret_cast<uintptr_t>(out) % 16 / sizeof(Tile)",
+        "reinterpret_cast<uintptr_t>(out) % 16 / sizeof(Tile) * 0",
+        CUDA_GATHER,
+    ),
+    Mutant(
+        "cuda: every piece of a band begins at its first row",
+        "csrc/cuda/gather_units.cu",
+        "u.unit - a.before + first, left",
+        "u.unit - a.before, left",
+        CUDA_LARGE,
+    ),
+    Mutant(
+        "cuda: the second group of bands reads the first",
+        "csrc/cuda/gather_units.cu",
+        "pixel<Stored>(u, b, p.t, c0, top, left)",
+        "pixel<Stored>(u, b, p.t, 0, top, left)",
+        CUDA_LARGE,
+    ),
+    Mutant(
+        "cuda: all four pixels are as visible as the first",
+        "csrc/cuda/gather_units.cu",
+        "same = vector && v;",
+        "same = v;",
         CUDA_GATHER,
     ),
     Mutant(
@@ -633,9 +669,9 @@ MUTANTS = [
     ),
     Mutant(
         "cuda: vectors at any address",
-        "csrc/cuda/masked_pixel_loss.cu",
-        "aligned(u.frames, 4 * sizeof(Stored)) &&",
-        "",
+        "csrc/cuda/units.h",
+        " && aligned(u.frames, 4 * sizeof(Stored));",
+        ";",
         CUDA_FENCES,
     ),
     Mutant(

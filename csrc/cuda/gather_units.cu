@@ -1,16 +1,23 @@
-// Visible units as tiles. A block makes one band of one tile: it finds the visible neighbours by
-// looking through the sample's ids once, then writes the tile in order. A tile's rows begin at any
-// address, so stores are single elements side by side. Backward: a block per unit and band of the
-// frames sums, for each pixel, the tiles that hold it, in order of their places.
+// Visible units as tiles. A block makes some bands of one tile: it finds the visible neighbours by
+// looking through the sample's ids once. A thread takes four pixels of a row at a time, in all these
+// bands: where they lie and which of them count is the same in each. A tile's rows begin at any
+// address, so the bands are put together in shared memory and written from there, 16 bytes a thread.
+// Backward: a block per unit and band of the frames sums, for each pixel, the tiles that hold it, in
+// order of their places.
+#include <cstring>
+
 #include "units.h"
 
 namespace timo {
 namespace {
 
+constexpr int gather_threads = 64;  // few: what a block does once is shared by many pixels a thread
+constexpr int64_t most_staged = 20480;  // bytes: then a dozen blocks fit a multiprocessor
+
 // Units (i - above + r, j - above + c) around unit (i, j), r < side, c < side.
 struct Window {
   int above, side;
-  __host__ __device__ int64_t count() const { return static_cast<int64_t>(side) * side; }
+  int64_t count() const { return static_cast<int64_t>(side) * side; }
 };
 
 inline Window window(int64_t before, int64_t after, int64_t unit) {
@@ -21,10 +28,10 @@ inline Window window(int64_t before, int64_t after, int64_t unit) {
 // slots[r * side + c] is the index of that unit among the sample's ids, or -1.
 __device__ void find_slots(const Units& u, const Grid& grid, const Window& window, int64_t b,
                            const Place& p, int* slots) {
-  for (int e = threadIdx.x; e < window.count(); e += threads) slots[e] = -1;
+  for (int e = threadIdx.x; e < window.side * window.side; e += blockDim.x) slots[e] = -1;
   __syncthreads();
   const uint32_t frame = grid.h * grid.w;
-  for (int64_t k = threadIdx.x; k < u.K; k += threads) {
+  for (int64_t k = threadIdx.x; k < u.K; k += blockDim.x) {
     const int64_t d = u.ids[b * u.K + k] - p.t * frame;
     if (d < 0 || d >= frame) continue;
     const uint32_t n = static_cast<uint32_t>(d);
@@ -34,46 +41,159 @@ __device__ void find_slots(const Units& u, const Grid& grid, const Window& windo
   }
 }
 
-// Row or column of the window that each of a tile's rows or columns lies in; -1 beyond the frame.
-__device__ void find_lines(int* lines, int64_t first, uint32_t unit, int64_t size, int above,
-                           int64_t at, int S) {
-  for (int y = threadIdx.x; y < S; y += threads) {
+// Row or column of the window that each of `count` lines of pixels lies in; -1 beyond the frame.
+__device__ void find_lines(int* lines, int count, int64_t first, uint32_t unit, int64_t size,
+                           int above, int64_t at) {
+  for (int y = threadIdx.x; y < count; y += blockDim.x) {
     const int64_t line = first + y;
     const bool inside = line >= 0 && line < size;
     lines[y] = inside ? static_cast<int>(static_cast<uint32_t>(line) / unit - at + above) : -1;
   }
 }
 
-template <class Stored, class Tile>
-__global__ void __launch_bounds__(threads) gather_kernel(GatherArgs a, Grid grid, Window window) {
-  extern __shared__ int memory[];
+struct alignas(16) Chunk {
+  uint32_t words[4];
+};
+
+struct Linear {
+  float scale, offset;
+};
+
+// What a block makes of a tile: `bands` of it, or `rows` of one band where that is too large.
+struct Part {
+  int bands, rows, groups, pieces;  // groups of bands, pieces of rows
+  int fours, lead;                  // fours of pixels in a row; the first begins lead before the unit
+};
+
+// Four pixels of a row of the tile: which of them are in a visible unit and valid, which in the tile.
+struct Four {
+  bool visible[4], ok[4], inside[4];
+};
+
+// Their bits as they come from memory: whole until they are used, so that those of a band which is
+// not there are a register or two.
+template <class T>
+struct alignas(4 * sizeof(T)) Raw {
+  uint32_t words[sizeof(T)];
+};
+
+// The four of `bands` bands from `from` to `to`, where a band takes `area`.
+template <bool vector, class Stored, class Tile>
+__device__ void convert(const Stored* from, int64_t step, int64_t next_band, const Linear* linear,
+                        const Four& four, Tile* to, int bands, int area) {
+  constexpr int together = vector ? 4 : 1;  // bands that are on their way at a time
+#pragma unroll 1
+  for (int c = 0; c < bands; c += together) {
+    Raw<Stored> raw[together]{};
+#pragma unroll
+    for (int i = 0; i < together; ++i, from += next_band) {
+      if (vector) {
+        if (c + i < bands) raw[i] = *reinterpret_cast<const Raw<Stored>*>(from);
+        continue;
+      }
+      Pack<Stored> pixels{};
+#pragma unroll
+      for (int v = 0; v < 4; ++v)
+        if (four.visible[v]) pixels.x[v] = from[v * step];
+      memcpy(&raw[i], &pixels, sizeof(pixels));
+    }
+#pragma unroll
+    for (int i = 0; i < together; ++i, to += area) {
+      if (c + i >= bands) break;
+      Pack<Stored> pixels;
+      memcpy(&pixels, &raw[i], sizeof(pixels));
+      const auto [scale, offset] = linear[c + i];
+      Tile value[4];
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        const float physical = wide(pixels.x[v]) * scale + offset;
+        value[v] = narrow<Tile>(four.ok[v] ? physical : 0.0f);
+      }
+#pragma unroll
+      for (int v = 0; v < 4; ++v)
+        if (four.inside[v]) to[v] = value[v];
+    }
+  }
+}
+
+// Elements from shared memory, where they lie as far beyond 16 bytes as in the tiles.
+template <class Tile>
+__device__ void write(Tile* out, const Chunk* staged, int shift, int count) {
+  constexpr int most = 16 / sizeof(Tile);
+  const int last = shift + count;
+  for (int e = threadIdx.x * most; e < last; e += gather_threads * most) {
+    Tile* to = out + (e - shift);
+    if (e >= shift && e + most <= last) {
+      *reinterpret_cast<Chunk*>(to) = staged[e / most];
+      continue;
+    }
+    const Tile* from = reinterpret_cast<const Tile*>(staged) + e;
+#pragma unroll
+    for (int v = 0; v < most; ++v)
+      if (e + v >= shift && e + v < last) to[v] = from[v];
+  }
+}
+
+// Block (tile, part of it). Shared memory: `staged` chunks of the tile, then tables.
+template <class Stored, class Tile, bool vector>
+__global__ void __launch_bounds__(gather_threads)
+    gather_kernel(GatherArgs a, Grid grid, Window window, Part part, int staged) {
+  extern __shared__ Chunk memory[];
   const Units& u = a.units;
-  const int S = static_cast<int>(a.before + u.unit + a.after), dy = threads / S, dx = threads % S;
-  int *slots = memory, *rows = slots + window.count(), *columns = rows + S;
-  const uint32_t bands = static_cast<uint32_t>(u.C), n = blockIdx.x / bands;
-  const int64_t c = blockIdx.x % bands, b = n / static_cast<uint32_t>(u.K);
+  const int S = static_cast<int>(a.before + u.unit + a.after);
+  const int64_t n = blockIdx.x, b = blockIdx.x / static_cast<uint32_t>(u.K);
+  const int64_t c0 = static_cast<int64_t>(blockIdx.y / part.pieces) * part.bands;
+  const int bands = static_cast<int>(min(u.C - c0, static_cast<int64_t>(part.bands)));
+  const int first = blockIdx.y % part.pieces * part.rows, height = min(S - first, part.rows);
+
+  auto* linear = reinterpret_cast<Linear*>(memory + staged);
+  int* slots = reinterpret_cast<int*>(linear + part.bands);
+  int *rows = slots + window.side * window.side, *columns = rows + part.rows;
   const Place p = place(grid, u.ids[n]);
-  const int64_t top = p.i * u.unit - a.before, left = p.j * u.unit - a.before;
+  const int64_t top = p.i * u.unit - a.before + first, left = p.j * u.unit - part.lead;
   const uint32_t unit = static_cast<uint32_t>(u.unit);
   find_slots(u, grid, window, b, p, slots);
-  find_lines(rows, top, unit, p.known ? u.H : 0, window.above, p.i, S);
-  find_lines(columns, left, unit, u.W, window.above, p.j, S);
+  find_lines(rows, height, top, unit, p.known ? u.H : 0, window.above, p.i);
+  find_lines(columns, 4 * part.fours, left, unit, u.W, window.above, p.j);
+#pragma unroll 1
+  for (int c = threadIdx.x; c < bands; c += gather_threads)
+    linear[c] = {scale_of(u, c0 + c), offset_of(u, c0 + c)};
   __syncthreads();
-  const float scale = scale_of(u, c), offset = offset_of(u, c);
-  const int area = S * S;
-  Tile* plane = static_cast<Tile*>(a.tiles) + blockIdx.x * static_cast<int64_t>(area);
-  int y = threadIdx.x / S, x = threadIdx.x % S;
-#pragma unroll 2
-  for (int e = threadIdx.x; e < area; e += threads) {
-    const int row = rows[y], column = columns[x];
-    float value = 0;
-    if (row >= 0 && column >= 0 && slots[row * window.side + column] >= 0 &&
-        usable(u, b, p.t, top + y, left + x))
-      value = wide(*pixel<Stored>(u, b, p.t, c, top + y, left + x)) * scale + offset;
-    plane[e] = narrow<Tile>(value);
-    y += dy, x += dx;
-    if (x >= S) x -= S, ++y;
+
+  Tile* out = static_cast<Tile*>(a.tiles) + ((n * u.C + c0) * S + first) * S;
+  const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(out) % 16 / sizeof(Tile));
+  Tile* tile = reinterpret_cast<Tile*>(memory) + shift;  // [bands, height, S]
+  const Stored* corner = pixel<Stored>(u, b, p.t, c0, top, left);
+  const Stored* somewhere = pixel<Stored>(u, 0, 0, c0, 0, 0);  // read for what is not visible
+  const int begin = static_cast<int>(a.before) - part.lead;    // column of the first four
+  const int dy = gather_threads / part.fours, dx = gather_threads % part.fours;
+  int y = threadIdx.x / part.fours, i = threadIdx.x % part.fours;
+#pragma unroll 1
+  for (int e = threadIdx.x; e < height * part.fours; e += gather_threads) {
+    const int x = 4 * i, row = rows[y], *column = columns + x, *seen = slots + row * window.side;
+    Four four;
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      const bool same = vector && v;  // as the first
+      four.visible[v] =
+          same ? four.visible[0] : row >= 0 && column[v] >= 0 && seen[column[v]] >= 0;
+      four.ok[v] = four.visible[v];
+      four.inside[v] = static_cast<unsigned>(begin + x + v) < static_cast<unsigned>(S);
+    }
+    if (u.valid) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v)
+        four.ok[v] = four.ok[v] && usable(u, b, p.t, top + y, left + x + v);
+    }
+    const Stored* from = corner + y * u.stride[3] + x * u.stride[4];
+    if (vector && !four.visible[0]) from = somewhere;
+    convert<vector>(from, u.stride[4], u.stride[2], linear, four, tile + y * S + begin + x, bands,
+                    height * S);
+    y += dy, i += dx;
+    if (i >= part.fours) i -= part.fours, ++y;
   }
+  __syncthreads();
+  write(out, memory, shift, bands * height * S);
 }
 
 template <class Stored, class Tile>
@@ -124,20 +244,43 @@ size_t shared_bytes(int64_t ints, const char* what) {
   return ints * 4;
 }
 
+Part parts(const GatherArgs& a, int64_t bytes) {
+  const int64_t S = a.before + a.units.unit + a.after, C = a.units.C;
+  const int64_t row = S * bytes, plane = S * row;
+  const int64_t fit = std::max(most_staged / plane, int64_t{1}), groups = ceil_div(C, fit);
+  const int64_t rows = std::min(S, std::max(most_staged / row, int64_t{1}));
+  const int64_t lead = ceil_div(a.before, 4) * 4, fours = ceil_div(lead + a.units.unit + a.after, 4);
+  return {static_cast<int>(ceil_div(C, groups)), static_cast<int>(rows), static_cast<int>(groups),
+          static_cast<int>(ceil_div(S, rows)), static_cast<int>(fours), static_cast<int>(lead)};
+}
+
 }  // namespace
 
 void gather_units_cuda(const GatherArgs& a, void* stream) {
   const Units& u = a.units;
   const Grid grid(u);
   const Window around = window(a.before, a.after, u.unit);
-  const int64_t S = a.before + u.unit + a.after;
-  const size_t shared = shared_bytes(around.count() + 2 * S, "gather_units (cuda)");
-  const uint32_t blocks = narrow_size(u.B * u.K * u.C, "number of tiles times bands");
   const auto s = static_cast<cudaStream_t>(stream);
   with_pixel(u.pixel, [&](auto stored) {
     with_float(a.dtype, [&](auto tile) {
-      gather_kernel<typename decltype(stored)::type, typename decltype(tile)::type>
-          <<<blocks, threads, shared, s>>>(a, grid, around);
+      using Stored = typename decltype(stored)::type;
+      using Tile = typename decltype(tile)::type;
+      const Part part = parts(a, sizeof(Tile));
+      const int64_t S = a.before + u.unit + a.after;
+      const int64_t chunks = ceil_div(part.bands * part.rows * S * sizeof(Tile), 16) + 1;
+      const size_t shared = shared_bytes(
+          4 * chunks + 2 * part.bands + around.count() + part.rows + 4 * part.fours,
+          "gather_units (cuda)");
+      const dim3 blocks(narrow_size(u.B * u.K, "number of tiles"),
+                        narrow_size(part.groups * part.pieces, "number of parts of a tile", 65535));
+      const auto launch = [&](auto kernel) {
+        kernel<<<blocks, gather_threads, shared, s>>>(a, grid, around, part,
+                                                      static_cast<int>(chunks));
+      };
+      if (pixel_vectors<Stored>(u))
+        launch(gather_kernel<Stored, Tile, true>);
+      else
+        launch(gather_kernel<Stored, Tile, false>);
     });
   });
   check(cudaGetLastError(), "gather_units (cuda)");

@@ -200,11 +200,8 @@ __global__ void __launch_bounds__(threads) total_kernel(LossArgs a) {
 // Whether every four pixels of frames, pred and its gradient lie in one aligned word.
 template <class Stored, class Pred>
 bool vectors(const LossArgs& a) {
-  const Units& u = a.units;
-  const Sizes5& s = u.stride;
-  const bool strides = s[4] == 1 && (s[0] | s[1] | s[2] | s[3]) % 4 == 0;
-  return strides && u.unit % 4 == 0 && u.W % 4 == 0 && aligned(u.frames, 4 * sizeof(Stored)) &&
-         aligned(a.pred, 4 * sizeof(Pred)) && aligned(a.dpred, 4 * sizeof(Pred));
+  return pixel_vectors<Stored>(a.units) && aligned(a.pred, 4 * sizeof(Pred)) &&
+         aligned(a.dpred, 4 * sizeof(Pred));
 }
 
 }  // namespace

@@ -60,10 +60,10 @@ inline bool aligned(const void* p, size_t bytes) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Numbers that kernels divide by are 32 bits wide: wider ones take a call, and registers with it.
-inline uint32_t narrow_size(int64_t size, const char* what) {
-  if (size > INT_MAX)
+inline uint32_t narrow_size(int64_t size, const char* what, int64_t most = INT_MAX) {
+  if (size > most)
     throw std::invalid_argument(std::string(what) + " is " + std::to_string(size) +
-                                "; the CUDA kernels take at most 2^31 - 1");
+                                "; the CUDA kernels take at most " + std::to_string(most));
   return static_cast<uint32_t>(size);
 }
 
@@ -104,6 +104,14 @@ __device__ const Stored* pixel(const Units& u, int64_t b, int64_t t, int64_t c, 
 __device__ inline float scale_of(const Units& u, int64_t c) { return u.scale ? u.scale[c] : 1.0f; }
 __device__ inline float offset_of(const Units& u, int64_t c) {
   return u.offset ? u.offset[c] : -0.0f;  // x + -0 keeps the sign of zero
+}
+
+// Whether four neighbouring pixels, from a multiple of four on, lie in one unit and aligned word.
+template <class Stored>
+bool pixel_vectors(const Units& u) {
+  const Sizes5& s = u.stride;
+  const bool strides = s[4] == 1 && (s[0] | s[1] | s[2] | s[3]) % 4 == 0;
+  return strides && u.unit % 4 == 0 && u.W % 4 == 0 && aligned(u.frames, 4 * sizeof(Stored));
 }
 
 // Sum over a block in a fixed order; every thread gets it.

@@ -91,6 +91,8 @@ def test_temporal_median(dtype, kind, poisoned):
         (of_scatter.test_mask_token_gradient_is_summed_in_float32, ()),
         (of_units.test_scatter_takes_parameters_of_other_dtypes, (None,)),
         (of_units.test_offsets_beyond_32_bits, ()),
+        *((of_units.test_large_tiles, (torch.uint16, dense, None)) for dense in (0, 1)),
+        (of_units.test_large_tiles, (torch.float32, 1, None)),
         *((of_units.test_loss_of_wide_units, (n, d, None)) for n in of_loss.NORMS for d in (0, 1)),
         *((of_units.test_internal_results_of_the_loss, (norm, None)) for norm in of_loss.NORMS),
         *((of_units.test_a_million_values, (norm,)) for norm in ("patch", "batch")),
@@ -182,8 +184,9 @@ def test_more_than_a_grid_holds_is_an_error(emulated, backward):
         return [0] * 5, [0] * 5, [0] * 4, [B, 1, C, 8, 8, K, 8], 0
 
     many = 70_000
+    sizes = units(many, many, 1) if backward else units(many, 1, many)
     with pytest.raises(ValueError, match="is 4900000000; the CUDA kernels take at most 2"):
-        getattr(emulated, f"gather_units{backward}_cpu")(units(many, many, 1), 0, 0, 0, 0)
+        getattr(emulated, f"gather_units{backward}_cpu")(sizes, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="masked units is 4900000000; the CUDA kernels take"):
         getattr(emulated, f"masked_pixel_loss{backward}_cpu")(units(many, 1, many), [0] * 8, 0, 0)
     with pytest.raises(ValueError, match="rows is 4900000000; the CUDA kernels take at most"):

@@ -70,6 +70,31 @@ def seen_pixels(frames, ids, valid, unit):
     return (units & spread(valid, frames))[:, :, None]
 
 
+LARGE = [  # more bands than are kept at a time, bands that are not kept whole, a single row
+    (2, 2, 41, 16, 24, 8, (3, 2), 5),
+    (1, 1, 2, 100, 164, 80, (3, 2), 3),
+    (1, 2, 3, 61, 90, 75, (1, 5), 2),
+    (1, 1, 1, 9, 40, 2600, (0, 1), 1),
+]
+
+
+@compiled
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("frames_dtype", [torch.uint8, torch.uint16, torch.float32])
+def test_large_tiles(backend, device, frames_dtype, dense, poisoned):
+    for seed, case in enumerate(LARGE):
+        unit, halo = case[5:7]
+        frames, ids, scale, offset, valid = make(case, KINDS[seed % 3], frames_dtype, seed)
+        exact = loop(frames, ids, scale, offset, valid, unit, halo)
+        frames = frames.contiguous() if dense else frames
+        frames, ids, *given = to(device, frames, ids, scale, offset, valid)
+        tiles = gather_units(
+            frames, ids, scale=given[0], offset=given[1], valid=given[2], unit=unit, halo=halo,
+            dtype=torch.float32, backend=backend,
+        )  # fmt: skip
+        assert_close(tiles.cpu(), exact, name=f"{case}")
+
+
 @compiled
 @pytest.mark.parametrize("norm", ["none", "patch", "batch"])
 @pytest.mark.parametrize("dense", [True, False])

@@ -257,7 +257,7 @@ FORWARD = dispatch.register(
     Backend(REFERENCE, reference, dispatch.ANY_DEVICE, RAW),
     Backend(CPP, compiled.forward, ("cpu",), NARROW),
     Backend(TRITON, _triton, dtypes=NARROW, **dispatch.BY_TRITON),
-    Backend(CUDA, compiled.forward, dtypes=NARROW, **dispatch.BY_CUDA),
+    Backend(CUDA, compiled.forward, dtypes=NARROW, **dispatch.BY_CUDA | {"proven": {}}),
 )
 BACKWARD = dispatch.register(
     "gather_units_backward",
