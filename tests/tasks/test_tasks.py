@@ -93,6 +93,30 @@ def test_loss_ignores_255(weights):
     assert task.loss(logits, torch.full_like(mask, 255)) == 0
 
 
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
+def test_validation_loss_is_that_of_all_labels_at_once(weights):
+    """Whatever the batches: one without a label weighs nothing, and NaN is not passed over."""
+    task, logged = segmentation(class_weights=weights), {}
+    task.log = lambda name, value, **options: logged.update({name: value})
+    logits, mask = torch.randn(5, 3, 8, 8), torch.randint(0, 3, (5, 8, 8))
+    mask[0, 1:], mask[1] = 255, 255
+    task.forward = lambda batch: batch["logits"]
+
+    def validate(logits, *parts):
+        for part in parts:
+            task.validation_step(
+                {"valid": None, "mask": mask[part], "logits": logits[part]}, 0
+            )  # fmt: skip
+        task.on_validation_epoch_end()
+        return logged["val/loss"]
+
+    for _ in range(2):  # nothing is left over for the next epoch
+        loss = validate(logits, slice(0, 1), slice(1, 2), slice(2, 5))
+        torch.testing.assert_close(loss, task.loss(logits, mask))
+    assert validate(logits * torch.nan, slice(0, 5)).isnan()
+    assert validate(logits, slice(1, 2)).isnan()
+
+
 @pytest.mark.parametrize("form", ["none", "dates", "pixels"])
 def test_labels_count_where_a_pixel_is_valid(form):
     """At that date, or at any date of the series: where `timo predict` maps."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassF1Score, MulticlassPrecision, MulticlassRecall
 
 from timo import create_model, load_checkpoint
@@ -92,6 +92,9 @@ class SupervisedTask(SeriesTask, ABC):
         if class_weights is not None:
             weights = torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", weights)
+        # Two sums: MeanMetric leaves NaN out, or its weights. A loss that diverged is to be seen.
+        self.val_loss = SumMetric(nan_strategy="disable")
+        self.val_weight = SumMetric(nan_strategy="disable")
         self.val_metrics = self.metrics().clone("val/")
         self.test_metrics = self.metrics().clone("test/")
 
@@ -135,6 +138,11 @@ class SupervisedTask(SeriesTask, ABC):
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of what is labelled, 0 where nothing is."""
+        total, weight = self._total_loss(logits, labels)
+        return total / weight.clamp_min(torch.finfo(weight.dtype).tiny)
+
+    def _total_loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the cross-entropies of what is labelled, and of its weights."""
         logits, labels = self.flat(logits, labels)
         labelled = labels != IGNORE_INDEX
         total = F.cross_entropy(
@@ -143,7 +151,7 @@ class SupervisedTask(SeriesTask, ABC):
         weight = labelled.float()
         if self.class_weights is not None:
             weight = weight * self.class_weights[labels.where(labelled, 0)]
-        return total / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
+        return total, weight.sum()
 
     def description(self) -> dict:
         described = {
@@ -159,11 +167,16 @@ class SupervisedTask(SeriesTask, ABC):
 
     def validation_step(self, batch: dict, index: int) -> None:
         logits, labels = self(batch), self.labels_of(batch)
-        loss, size = self.loss(logits, labels), len(batch["image"])
-        self.log("val/loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
+        total, weight = self._total_loss(logits, labels)
+        self.val_loss.update(total)
+        self.val_weight.update(weight)
         self.val_metrics.update(*self.flat(logits, labels))
 
     def on_validation_epoch_end(self) -> None:
+        """Logs the loss of all labels at once, NaN without any, and the metrics."""
+        self.log("val/loss", self.val_loss.compute() / self.val_weight.compute(), prog_bar=True)
+        self.val_loss.reset()
+        self.val_weight.reset()
         self._log(self.val_metrics)
 
     def on_test_epoch_start(self) -> None:
