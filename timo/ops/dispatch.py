@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -245,9 +246,9 @@ def triton_devices() -> tuple[str, ...]:
 
 
 # What records of kernels that have passed on a GPU have in common; see `Backend.proven`.
-PROVEN = {"sm_90": "benchmarks/results/h200/parity.json"}
-BY_TRITON = {"devices": triton_devices(), "proven": PROVEN}
-BY_CUDA = {"devices": ("cuda",), "min_capability": (8, 0), "proven": PROVEN}
+PROVEN: dict[str, str] = {"sm_90": "benchmarks/results/h200/parity.json"}
+BY_TRITON: dict[str, Any] = {"devices": triton_devices(), "proven": PROVEN}
+BY_CUDA: dict[str, Any] = {"devices": ("cuda",), "min_capability": (8, 0), "proven": PROVEN}
 
 
 def dtype_code(dtype: torch.dtype) -> int:
