@@ -223,6 +223,14 @@ def test_pretrained_weights_are_of_the_same_bands(tmp_path):
         for path in (weights, below):
             with pytest.raises(DataError, match=r"reads the bands \('B04'.*, the data has \('B0"):
                 task(*bands, pretrained=path)
+            for part in ("stage1.embed.conv", "encoder.stage1", "encoder"):
+                fresh = task(*bands, pretrained=path, fresh=[part, "classifier"])
+                reasons = fresh.pretrained_report.missing_expected
+                assert reasons["encoder.stage1.embed.conv.weight"] == "named in fresh"
+            with pytest.raises(DataError, match="let task.fresh hold stage1.embed.conv"):
+                task(*bands, pretrained=path, fresh=["classifier"])
+    with pytest.raises(ValueError, match="fresh is .* without pretrained"):
+        task("B04", "B03", fresh=["classifier"])
     (tmp_path / "task.json").unlink()
     task("B03", "B04", "B02", pretrained=weights)
 

@@ -17,6 +17,7 @@ from timo.data import IGNORE_INDEX, DataError, physical
 from timo.tasks.base import SeriesTask, read_description
 from timo.tasks.runs import TASK
 
+STEM = "stage1.embed.conv"  # the layer that reads the bands
 _UNNAMED = re.compile(r"band\d+")  # what a band is called where files do not say
 
 
@@ -34,6 +35,8 @@ class SupervisedTask(SeriesTask, ABC):
         per_frame: labels for every date, not for the series.
         pretrained: checkpoint to start from: a run's model.safetensors, whose bands must be the
             same, or published weights.
+        fresh: what stays new all the same, see `load_checkpoint`: "stage1.embed.conv" for other
+            bands, "classifier" or "head" for other classes.
         class_weights: weights of the classes in the cross-entropy; equal if None.
         scores: "mean", or "weighted" for precision, recall and F1 weighted by the labels of each
             class besides, as the protocol of MTLCC has them.
@@ -55,6 +58,7 @@ class SupervisedTask(SeriesTask, ABC):
         model: str = "timo_base",
         model_options: dict[str, Any] | None = None,
         pretrained: str | None = None,
+        fresh: list[str] | None = None,
         class_weights: list[float] | None = None,
         scores: str = "mean",
         learning_rate: float | None = None,
@@ -85,9 +89,12 @@ class SupervisedTask(SeriesTask, ABC):
             per_frame=per_frame, **self.model_options,
         )  # fmt: skip
         self.pretrained_report = None
+        if fresh and not pretrained:
+            raise ValueError(f"fresh is {fresh} without pretrained weights: everything is new")
         if pretrained:
-            _same_bands(Path(pretrained), self.bands)
-            self.pretrained_report = load_checkpoint(self.model, pretrained)
+            if not any(map(_holds_stem, fresh or ())):
+                _same_bands(Path(pretrained), self.bands)
+            self.pretrained_report = load_checkpoint(self.model, pretrained, fresh or ())
         weights = None
         if class_weights is not None:
             weights = torch.tensor(class_weights, dtype=torch.float32)
@@ -214,6 +221,11 @@ def weighted_scores(options: dict[str, Any]) -> dict[str, Metric]:
     }
 
 
+def _holds_stem(part: str) -> bool:
+    """Whether a part of the model, by its name in the model or the encoder, reads the bands."""
+    return any(f"{name}.".startswith(f"{part}.") for name in (STEM, f"encoder.{STEM}"))
+
+
 def _same_bands(pretrained: Path, bands: tuple[str, ...]) -> None:
     """DataError where the run of a checkpoint read other bands, as far as names are known."""
     folders = pretrained.resolve().parents[:2]  # checkpoints lie one deeper than the weights
@@ -225,6 +237,6 @@ def _same_bands(pretrained: Path, bands: tuple[str, ...]) -> None:
     if len(held) != len(bands) or any(a != b for a, b in known):
         raise DataError(
             f"task.pretrained: {pretrained} reads the bands {held}, the data has {bands}; select= "
-            "the same bands in the same order. To start from its weights all the same, copy the "
-            f"file to a folder without {TASK}"
+            f"the same bands in the same order, or let task.fresh hold {STEM}, which reads them. "
+            f"To keep even that, copy the file to a folder without {TASK}"
         )
