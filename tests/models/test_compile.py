@@ -65,13 +65,24 @@ def test_masked_autoencoder(statistics):
     assert compiled(frames).visible_ids.shape == (2, 1)  # drawn within the graph
 
 
-@pytest.mark.parametrize("dim, name", [(0, "B"), (1, "T")])
-def test_exported_classifiers_take_any_batch_or_dates(dim, name):
-    model = build("classification", num_classes=3, depths=(1, 1, 1, 1)).float()
-    sizes = {dim: torch.export.Dim(name, min=1, max=64)}
-    example = (series().float(), None, clouds())
-    exported = torch.export.export(model, example, dynamic_shapes=(sizes, None, sizes)).module()
-    for size in (1, 5):
-        shape = (size, 3) if name == "B" else (2, size)
-        inputs = series(*shape).float(), None, clouds(*shape)
-        torch.testing.assert_close(exported(*inputs), model(*inputs))
+@pytest.mark.parametrize(
+    "task, options, clouded",
+    [
+        ("classification", {}, True),
+        ("segmentation", {}, True),
+        ("segmentation", {}, False),
+        ("segmentation", {"per_frame": True}, True),
+        ("segmentation", {"temporal_pool": "encoder"}, True),
+    ],
+)
+def test_exported_models_take_any_batch_and_dates(task, options, clouded):
+    model = build(task, num_classes=3, depths=(1, 1, 1, 1), **options).float()
+    sizes = {0: torch.export.Dim("B", max=64), 1: torch.export.Dim("T", max=64)}
+
+    def inputs(*shape):
+        return series(*shape).float(), None, clouds(*shape) if clouded else None
+
+    shapes = (sizes, None, sizes if clouded else None)
+    exported = torch.export.export(model, inputs(2, 3), dynamic_shapes=shapes).module()
+    for shape in ((2, 3), (1, 5), (5, 1)):
+        torch.testing.assert_close(exported(*inputs(*shape)), model(*inputs(*shape)))

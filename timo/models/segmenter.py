@@ -75,7 +75,8 @@ def enlarge(x: Tensor, factor: int) -> Tensor:
 def greatest(x: Tensor, valid: Tensor | None, factor: int = 1) -> Tensor:
     """Maximum over valid dates of enlarged maps; 0 where there is none.
 
-    One date after the other, for at full resolution a map has up to 2048 channels.
+    One date after the other, for at full resolution a map has up to 2048 channels; all at once
+    where a graph is exported, which is for any number of dates.
 
     Args:
         x: (B, T, C, h, w).
@@ -95,7 +96,11 @@ def greatest(x: Tensor, valid: Tensor | None, factor: int = 1) -> Tensor:
         map_ = enlarge(x[:, t], factor)
         return map_ if usable is None else torch.where(usable[:, t], map_, -torch.inf)
 
-    best = date(0)
-    for t in range(1, x.shape[1]):
-        best = torch.maximum(best, date(t))
+    if torch.compiler.is_exporting():
+        maps = enlarge(x.flatten(0, 1), factor).unflatten(0, x.shape[:2])
+        best = (maps if usable is None else torch.where(usable, maps, -torch.inf)).amax(1)
+    else:
+        best = date(0)
+        for t in range(1, x.shape[1]):
+            best = torch.maximum(best, date(t))
     return best if usable is None else torch.where(usable.any(1), best, 0)
