@@ -619,6 +619,20 @@ MUTANTS = [
         CUDA_LARGE,
     ),
     Mutant(
+        "cuda: neighbours are looked for one unit too late",
+        "csrc/cuda/gather_units.cu",
+        "max(k - back, int64_t{0})",
+        "max(k - back + 1, int64_t{0})",
+        CUDA_LARGE,
+    ),
+    Mutant(
+        "cuda: a word of validity is that of its first pixel",
+        "csrc/cuda/gather_units.cu",
+        "word >> 8 * v & 0xff",
+        "word & 0xff",
+        CUDA_GATHER,
+    ),
+    Mutant(
         "cuda: all four pixels are as visible as the first",
         "csrc/cuda/gather_units.cu",
         "same = vector && v;",

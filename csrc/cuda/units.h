@@ -88,9 +88,14 @@ __device__ inline Place place(const Grid& grid, int64_t id) {
   return {n / (grid.h * grid.w), n / grid.w % grid.h, n % grid.w, known};
 }
 
-__device__ inline bool usable(const Units& u, int64_t b, int64_t t, int64_t y, int64_t x) {
+__device__ inline const uint8_t* validity_at(const Units& u, int64_t b, int64_t t, int64_t y,
+                                             int64_t x) {
   const Sizes4& s = u.valid_stride;
-  return !u.valid || u.valid[b * s[0] + t * s[1] + y * s[2] + x * s[3]];
+  return u.valid + b * s[0] + t * s[1] + y * s[2] + x * s[3];
+}
+
+__device__ inline bool usable(const Units& u, int64_t b, int64_t t, int64_t y, int64_t x) {
+  return !u.valid || *validity_at(u, b, t, y, x);
 }
 
 template <class Stored>

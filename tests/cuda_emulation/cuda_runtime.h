@@ -30,7 +30,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __launch_bounds__(most)
+#define __launch_bounds__(...)
 #define __shared__ static __attribute__((section("cuda_shared")))
 #define CUDA_EMULATION_TEXT(x) #x
 #define CUDA_EMULATION_LINE(x) CUDA_EMULATION_TEXT(x)

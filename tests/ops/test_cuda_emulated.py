@@ -176,6 +176,12 @@ def test_nothing_beside_a_tensor_is_touched(frames_dtype, at_end, poisoned):
                 torch.ops.timo.temporal_median_backward(fence(values), fence(indices), 5, "cpp")
 
 
+def test_nothing_to_gather():
+    frames, ids = torch.zeros(1, 1, 0, 8, 8), torch.zeros(1, 1, dtype=torch.int64)
+    tiles = gather_units_compiled.forward(frames, ids, None, None, None, 8, 3, 2, torch.float32)
+    assert tiles.shape == (1, 1, 0, 13, 13)
+
+
 @pytest.mark.parametrize("backward", ["", "_backward"])
 def test_more_than_a_grid_holds_is_an_error(emulated, backward):
     """Sizes of tensors that no memory holds: refused before anything is launched."""

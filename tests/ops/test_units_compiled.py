@@ -70,11 +70,13 @@ def seen_pixels(frames, ids, valid, unit):
     return (units & spread(valid, frames))[:, :, None]
 
 
-LARGE = [  # more bands than are kept at a time, bands that are not kept whole, a single row
+LARGE = [  # all units, more bands than are kept at a time, bands that are not kept whole, long rows
+    (1, 1, 2, 20, 24, 4, (3, 2), 30),
     (2, 2, 41, 16, 24, 8, (3, 2), 5),
     (1, 1, 2, 100, 164, 80, (3, 2), 3),
     (1, 2, 3, 61, 90, 75, (1, 5), 2),
     (1, 1, 1, 9, 40, 2600, (0, 1), 1),
+    (1, 1, 1, 3, 3, 1, (50, 50), 4),  # neighbours fill the shared memory beside a tile
 ]
 
 
