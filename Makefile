@@ -27,6 +27,7 @@ test: install lint unit interpreter wheel
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy timo
 
 # One thread each: tests are many small problems, on which threads wait for each other.
 unit: install

@@ -5,11 +5,13 @@ are unfolded into units and picked by boolean indexing, every token of the decod
 pixel head, and the target is a tensor of all units.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timo.layers import Block
+from timo.layers import JointAttention
 from timo.layers.position import grid_code
 from timo.models import MaskedAutoencoder
 from timo.models.inputs import UNIT
@@ -38,7 +40,8 @@ class DenseAutoencoder(nn.Module):
         pixels = pixels.repeat_interleave(UNIT, 3).repeat_interleave(UNIT, 4)
         x = encoder.stem((frames * pixels).flatten(0, 1)).unflatten(0, (B, T))
         time = torch.arange(T, device=frames.device)
-        x = x + grid_code(time, *x.shape[2:], x.dtype)
+        h, w, dim = x.shape[2:]
+        x = x + grid_code(time, h, w, dim, x.dtype)
         x = unfold(x.permute(0, 1, 4, 2, 3), rows, columns)  # [B, units, D·8·8]
         x = x[visible].view(-1, encoder.embed_dims[0], 8, 8).permute(0, 2, 3, 1)
         for stage in (encoder.stage1, encoder.stage2, encoder.stage3, encoder.stage4):
@@ -68,12 +71,13 @@ class DenseAutoencoder(nn.Module):
             target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
         return (pred[hidden] - target).square().mean()
 
-    def _block(self, block: Block, x: Tensor) -> Tensor:
+    def _block(self, block: Any, x: Tensor) -> Tensor:
+        """A `timo.layers.Block`, of whose type its list does not know."""
         x = x + self._attention(block.attn, block.norm1(x))
         hidden = F.gelu(plain(block.mlp.fc1, block.norm2(x)))
         return x + plain(block.mlp.fc2, hidden)
 
-    def _attention(self, attention: nn.Module, x: Tensor) -> Tensor:
+    def _attention(self, attention: JointAttention, x: Tensor) -> Tensor:
         heads = (attention.num_heads, -1)
         q = plain(attention.q, x).unflatten(-1, heads).transpose(1, 2)  # [B, H, L, D]
         k, v = plain(attention.kv, x).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)

@@ -21,6 +21,7 @@ import sys
 import time
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import torch
@@ -98,7 +99,7 @@ def parity(out: Path, device: torch.device, limit: float, tests: str | None = No
         f"--junitxml={there.resolve()}", "--durations=15", *workers, OMP_NUM_THREADS="1",
     )  # fmt: skip
     complete = code in (0, 1) and there.exists()
-    record = {
+    record: dict[str, Any] = {
         "environment": harness.environment(device),
         "complete": complete,
         "passed": passed(there) if complete else {},
@@ -224,7 +225,7 @@ def cases(path: Path) -> dict[str, list[int]]:
         bad = any(child.tag in ("failure", "error", "skipped") for child in case)
         for item in case.iter("property"):
             if item.get("name") == "proves":
-                counts.setdefault(item.get("value"), [0, 0])[bad] += 1
+                counts.setdefault(item.attrib["value"], [0, 0])[bad] += 1
     return dict(sorted(counts.items()))
 
 

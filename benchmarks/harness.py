@@ -74,7 +74,7 @@ def _time(steps: Sequence[Callable], device: torch.device, budget: float) -> lis
         if len(runs) >= least and (spent > budget or len(runs) == 500):
             break
     if len(steps) > 1:
-        runs = [[*run, tuple(map(sum, zip(*run)))] for run in runs]
+        runs = [[*run, (sum(wall for wall, _ in run), sum(cpu for _, cpu in run))] for run in runs]
     samples = torch.tensor(runs, dtype=torch.float64)  # [runs, steps, (wall, CPU)]
     low, median, high = samples[..., 0].quantile(torch.tensor([0.1, 0.5, 0.9]).double(), 0).tolist()
     cpu = [None] * len(low) if device.type == "cuda" else samples[..., 1].quantile(0.5, 0).tolist()
@@ -128,7 +128,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     marks = Path("/proc/self/clear_refs")
-    if not hasattr(libc, "mallopt") or not os.access(marks, os.W_OK):
+    if libc is None or not hasattr(libc, "mallopt") or not os.access(marks, os.W_OK):
         call()
         return None
     map_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h

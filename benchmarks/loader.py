@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,7 +116,8 @@ class ZarrLocations(LocationSeries):
 
     def __init__(self, path: Path, count: int):
         super().__init__(SHAPE, np.dtype("uint8"), BANDS, None, TILE, DATES, 0, "DN", 1.0, 0.0)
-        self.path, self.count, self._array = path, count, None
+        self.path, self.count = path, count
+        self._array: Any = None
 
     def __len__(self) -> int:
         return self.count
@@ -125,7 +127,7 @@ class ZarrLocations(LocationSeries):
 
         if self._array is None:
             self._array = zarr.open_array(self.path, mode="r")
-        pixels = _Part(self._array, index)
+        pixels: Any = _Part(self._array, index)
         return Location(str(index), pixels, np.arange(10), np.ones(10, bool))
 
 
@@ -178,7 +180,8 @@ def compare(layout: str, work: Path, workers: int, cold: bool, turns: int) -> di
     loader, folder, samples, batch = LAYOUTS[layout]
     count = len(StoreSeries(work / "store"))
     rng = np.random.default_rng(1)
-    loaded, copied = [], []
+    loaded: list[float] = []
+    copied: list[float] = []
     for _ in range(turns if not cold else 2):
         order = np.concatenate(
             [1 + rng.permutation(count - 1) for _ in range(1 + samples // count)]

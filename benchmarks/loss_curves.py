@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -49,7 +50,7 @@ def train(root: Path, form: str, seed: int, steps: int) -> list[float]:
     scale = units["scale"] / units["deviation"]
     offset = (units["offset"] - units["mean"]) / units["deviation"]
     torch.manual_seed(seed)
-    options = DECODER | {"stem_statistics": "visible" if form == VISIBLE else "all"}
+    options: dict[str, Any] = DECODER | {"stem_statistics": "visible" if form == VISIBLE else "all"}
     model = timo.create_model("timo_tiny", "mae", len(BANDS), pixel_norm="patch", **options).train()
     dense = DenseAutoencoder(model)
     optimizer = torch.optim.AdamW(model.parameters(), RATE, (0.9, 0.95), weight_decay=0.05)

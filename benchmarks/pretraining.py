@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.backends.cudnn import conv
+from torch.backends.cudnn import conv  # type: ignore[attr-defined]
 
 import timo
 from timo.models import MaskedAutoencoder
@@ -74,7 +75,7 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
-        self.marks: list[tuple[str, object]] = []
+        self.marks: list[tuple[str, Any]] = []
         self.cpu = 0.0
 
     def mark(self, phase: str) -> None:
@@ -262,7 +263,9 @@ class Bench:
                 cpu[name].append(self.clock.cpu)
         counted = flops(self.model, self.grid[0], self.keep)
         batch = len(self.host)
-        rows = [dict(name=n, parity=n not in wrong, note=x, seconds=None) for n, x in notes.items()]
+        rows: list[dict[str, Any]] = [
+            dict(name=n, parity=n not in wrong, note=x, seconds=None) for n, x in notes.items()
+        ]
         for name in names:
             totals = torch.tensor([sum(run.values()) for run in runs[name]])
             low, median, high = totals.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
@@ -277,7 +280,7 @@ class Bench:
                     if name in (FAST, COMPILED) else None,
                 )
             )  # fmt: skip
-        base = next((row for row in rows if row["name"] == DENSE and row["seconds"]), None)
+        base: dict = next((row for row in rows if row["name"] == DENSE and row["seconds"]), {})
         for row in rows:
             timed = base and row["seconds"]
             row["speedup"] = base["seconds"]["median"] / row["seconds"]["median"] if timed else None

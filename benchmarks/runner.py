@@ -1,5 +1,6 @@
 """Runs the implementations of an op side by side: parity first, then time, then comparison."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +16,14 @@ DIRECTIONS = ("forward", "backward", "both")
 # Root mean square of the errors of a result, relative to that of the exact result.
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 
+Call = Callable[[], tuple[Tensor, ...]]
+
 
 @dataclass
 class Problem:
     """An op on inputs of one shape: what can run it, what it must give, what it costs at least."""
 
-    calls: dict[str, Callable[[], tuple[Tensor, ...]]]  # outputs, by implementation
+    calls: dict[str, Call]  # outputs, by implementation
     backends: tuple[str, ...]  # those of `calls` that are the op's own backends
     leaves: list[Tensor]  # what is differentiated; empty where the op has no gradient
     cotangents: list[Tensor]  # of the first outputs
@@ -58,6 +61,7 @@ def run(
     # Measured beside every problem: the machine may be shared, and a GPU's clock moves.
     matmul, copy = harness.matmul_rate(device, dtype), harness.copy_rate(device)
     exact = problem.exact()
+    timings: dict[str, harness.Timing]
     wanted = [*problem.calls, *problem.skipped] if names is None else list(names)
     for name in wanted:
         if time.monotonic() > deadline:
@@ -73,7 +77,7 @@ def run(
             flop, traffic = problem.flop[direction], problem.traffic[direction]
             floor = max(flop / matmul, traffic / copy)
             timing = timings.get(direction)
-            seconds = timing.median if timing else None
+            seconds = timing.median if timing else math.nan
             yield harness.row(
                 op=op, shape=list(shape), dtype=dtype_name(dtype), device=device.type, name=name,
                 ours=name in problem.backends, baseline=list(problem.baseline),
@@ -90,7 +94,8 @@ def _run_one(
     problem, name, exact, device, dtype, directions, budget
 ) -> tuple[dict[str, str], dict[str, harness.Timing]]:
     """Why a direction has no time, and the times of the others."""
-    notes, timings = {}, {}
+    notes: dict[str, str] = {}
+    timings: dict[str, harness.Timing] = {}
     forward = problem.calls[name]
 
     def backward(outputs):

@@ -9,6 +9,8 @@ Integers that follow from the batch, the dates and the number of units are not s
 new ones compile nothing.
 """
 
+from typing import overload
+
 import torch
 import triton
 import triton.language as tl
@@ -206,6 +208,14 @@ def validity(valid: Tensor | None, frames: Tensor) -> tuple[Tensor | None, tuple
     if valid.ndim == 2:
         valid = valid[:, :, None, None].expand(*frames.shape[:2], *frames.shape[3:])
     return valid.view(torch.uint8), valid.stride()
+
+
+@overload
+def near(x: Tensor) -> Tensor: ...
+
+
+@overload
+def near(x: Tensor | None) -> Tensor | None: ...
 
 
 def near(x: Tensor | None) -> Tensor | None:

@@ -30,7 +30,8 @@ class Tile(NamedTuple):
 # then with validity by position, which takes registers too, then for its second launches if theirs
 # differ. "both" is the kernel of queries that adds up dk_median. With a padded head dimension in
 # place of the flag: of that one.
-AMPERE = {
+Tiles = dict[tuple[str, bool | int], tuple[tuple[int, ...], ...]]
+AMPERE: Tiles = {
     ("forward", False): ((160, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
     ("forward", 64): ((192, 128, 16, 8, 2), (128, 128, 16, 8, 2)),
     ("forward", True): ((128, 128, 32, 8, 3), (128, 128, 32, 8, 3)),
@@ -46,7 +47,7 @@ AMPERE = {
     ("both", 64): ((320, 128, 32, 8, 2), (96, 128, 32, 8, 2)),
     ("both", True): ((128, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
 }
-HOPPER = {
+HOPPER: Tiles = {
     ("forward", False): ((320, 64, 32, 4, 4), (320, 64, 32, 4, 4)),
     ("forward", 16): ((256, 64, 32, 4, 4), (256, 64, 32, 4, 4)),
     ("forward", 64): ((320, 64, 32, 4, 4), (256, 64, 32, 4, 4)),
@@ -60,7 +61,7 @@ HOPPER = {
     ("both", False): ((320, 64, 32, 4, 3), (160, 64, 32, 4, 3)),
     ("both", True): ((256, 128, 64, 8, 2), (128, 128, 32, 8, 2)),
 }
-BLACKWELL = AMPERE | {
+BLACKWELL: Tiles = AMPERE | {
     ("keys", True): ((256, 64, 128, 8, 2, 255), (128, 32, 128, 8, 2), (128, 32, 64, 8, 2)),
     ("keys", False): ((320, 64, 128, 8, 2), (64, 32, 128, 8, 2)),
     ("keys", 64): ((320, 64, 128, 8, 2), (64, 32, 128, 8, 2)),
@@ -68,7 +69,7 @@ BLACKWELL = AMPERE | {
     ("queries", 64): ((320, 128, 64, 8, 2), (64, 128, 32, 8, 2)),
     ("queries", True): ((256, 128, 64, 8, 2, 255), (128, 128, 32, 8, 2), (128, 64, 32, 8, 2)),
 }
-SMALL = {  # 99 KiB of shared memory
+SMALL: Tiles = {  # 99 KiB of shared memory
     ("forward", False): ((128, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
     ("forward", True): ((128, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
     ("keys", False): ((128, 32, 128, 8, 2), (96, 32, 128, 8, 2, 255)),
@@ -83,7 +84,7 @@ SMALL = {  # 99 KiB of shared memory
 GENERATIONS = {
     80: AMPERE, 86: SMALL, 87: AMPERE, 89: SMALL, 90: HOPPER, 100: BLACKWELL, 110: SMALL,
 }  # fmt: skip
-SINGLE = {  # float32, exact products on CUDA cores, all capabilities
+SINGLE: Tiles = {  # float32, exact products on CUDA cores, all capabilities
     ("forward", False): ((64, 32, 32, 8, 1, 255),),
     ("forward", True): ((128, 16, 32, 8, 1, 255),),
     ("keys", False): ((64, 32, 32, 8, 1, 255),),

@@ -3,13 +3,15 @@
 Floor: every pixel of a visible unit is read once, every tile is written once.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 from timo import ops
 from timo.ops.gather_units import FORWARD
 
-from ..runner import Problem
+from ..runner import Call, Problem
 
 LAYOUT = "B,T,C,H,W"
 # On GPUs several times what a cache holds.
@@ -22,18 +24,22 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     B, T, C, H, W = shape
     frames, scale, offset = bands(shape, device)
     visible, _ = units(shape, device)
+
+    def ours(backend):
+        out = ops.gather_units(
+            frames, visible, scale=scale, offset=offset, dtype=dtype, backend=backend
+        )
+        return (out,)
+
     request = FORWARD.request(frames, dtype=dtype)
-    calls, backends, skipped = {}, [], {}
+    calls: dict[str, Call] = {}
+    backends, skipped = [], {}
     for name, backend in FORWARD.backends.items():
         if why := backend.refusals(request):
             skipped[name] = "; ".join(why)
             continue
         backends.append(name)
-        calls[name] = lambda name=name: (
-            ops.gather_units(
-                frames, visible, scale=scale, offset=offset, dtype=dtype, backend=name
-            ),
-        )
+        calls[name] = partial(ours, name)
     compiled = torch.compile(dense, dynamic=False)
     calls["dense"] = lambda: (dense(frames, visible, scale, offset, dtype),)
     calls["dense-compiled"] = lambda: (compiled(frames, visible, scale, offset, dtype),)

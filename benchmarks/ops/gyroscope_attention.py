@@ -37,7 +37,8 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     skipped = {name: "; ".join(why) for name, why in refusals.items() if why}
     if device.type == "cpu":
         skipped["flex-compiled"] = "flex_attention gives no log-sum-exp on CPUs"
-    there, forward_only = harness.available_memory(device), {}
+    there = harness.available_memory(device)
+    forward_only: dict[str, str] = {}
     needs = {"direct": baselines.direct_bytes(shape), "factored": baselines.factored_bytes(shape)}
     for name in others:
         for need, gap in zip(

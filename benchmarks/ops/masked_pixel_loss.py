@@ -3,13 +3,15 @@
 Floor: predictions and masked pixels are read once; backward also writes the gradient.
 """
 
+from functools import partial
+
 import torch
 
 from timo import ops
 from timo.ops import dispatch
 from timo.ops.masked_pixel_loss import EPS, FORWARD
 
-from ..runner import Problem
+from ..runner import Call, Problem
 from .gather_units import CPU_SHAPES, LAYOUT, SHAPES, UNIT, bands, units
 
 __all__ = ["CPU_SHAPES", "LAYOUT", "SHAPES", "problem"]
@@ -22,20 +24,24 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     generator = torch.Generator(device).manual_seed(2)
     pred = torch.randn(*masked.shape, C * UNIT**2, generator=generator, device=device).to(dtype)
     pred.requires_grad_()
-    request = dispatch.Request(device, dtype)
-    calls, backends, skipped = {}, [], {}
-    for name, backend in FORWARD.backends.items():
-        if why := backend.refusals(request):
-            skipped[name] = "; ".join(why)
-            continue
-        backends.append(name)
-        calls[name] = lambda name=name: (loss(pred, name),)
 
     def loss(prediction, backend):
         return ops.masked_pixel_loss(
             prediction, frames, masked, scale=scale, offset=offset, norm="patch", backend=backend
         )
 
+    def ours(backend):
+        return (loss(pred, backend),)
+
+    request = dispatch.Request(device, dtype)
+    calls: dict[str, Call] = {}
+    backends, skipped = [], {}
+    for name, backend in FORWARD.backends.items():
+        if why := backend.refusals(request):
+            skipped[name] = "; ".join(why)
+            continue
+        backends.append(name)
+        calls[name] = partial(ours, name)
     inside = torch.ones(H, W, dtype=torch.bool, device=device)
     compiled = torch.compile(labels, dynamic=False)
     calls["labels"] = lambda: (labels(pred, frames, masked, scale, offset, inside),)

@@ -4,13 +4,15 @@ Floor: tokens and positional code are read once, the sequence is written once; b
 gradient and writes that of the tokens.
 """
 
+from functools import partial
+
 import torch
 
 from timo import ops
 from timo.ops import dispatch
 from timo.ops.scatter_units import FORWARD
 
-from ..runner import Problem
+from ..runner import Call, Problem
 
 LAYOUT = "B,T,N,D"
 # The base decoder at 224 x 224 and 512 x 512.
@@ -29,16 +31,19 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
     tokens, mask = draw(*visible.shape, D).requires_grad_(), draw(D).requires_grad_()
     position, cotangent = draw(T * N, D), draw(B, T * N, D)
+
+    def ours(backend):
+        return (ops.scatter_units(tokens, visible, mask, position, backend=backend),)
+
     request = dispatch.Request(device, dtype)
-    calls, backends, skipped = {}, [], {}
+    calls: dict[str, Call] = {}
+    backends, skipped = [], {}
     for name, backend in FORWARD.backends.items():
         if why := backend.refusals(request):
             skipped[name] = "; ".join(why)
             continue
         backends.append(name)
-        calls[name] = lambda name=name: (
-            ops.scatter_units(tokens, visible, mask, position, backend=name),
-        )
+        calls[name] = partial(ours, name)
     compiled = torch.compile(restored, dynamic=False)
     calls["restored"] = lambda: (restored(tokens, visible, mask, position),)
     calls["restored-compiled"] = lambda: (compiled(tokens, visible, mask, position),)

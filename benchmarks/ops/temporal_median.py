@@ -11,7 +11,7 @@ import torch
 from timo import ops
 from timo.ops.temporal_median import FORWARD
 
-from ..runner import Problem
+from ..runner import Call, Problem
 
 LAYOUT = "B,T,N,H,D"
 # Queries of base stages 1 and 2 at 224 x 224.
@@ -27,7 +27,9 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     request = FORWARD.request(x)
     refusals = {name: b.refusals(request) for name, b in FORWARD.backends.items()}
     backends = tuple(name for name, why in refusals.items() if not why)
-    calls = {name: partial(ops.temporal_median, x, backend=name) for name in backends}
+    calls: dict[str, Call] = {
+        name: partial(ops.temporal_median, x, backend=name) for name in backends
+    }
     calls["torch.median"] = lambda: (x.median(1).values,)
 
     def exact():

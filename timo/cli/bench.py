@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,14 +33,13 @@ def bench(arguments: Sequence[str]) -> int:
     rows: list[dict] = []
     with _Screen(len(options.problems)) as screen:
         for op, shape, dtype in options.problems:
-            screen.say(f"{op}: inputs and exact results")
+            screen.say(op, "inputs and exact results")
             problem = load(op).problem(shape, dtype, options.device)
-            found = runner.run(
+            found = list(runner.run(
                 op, shape, dtype, options.device, problem,
                 names=_names(options.backend, problem), directions=options.direction,
-                budget=options.seconds, notify=lambda name, op=op: screen.say(f"{op}: {name}"),
-            )  # fmt: skip
-            found = list(found)
+                budget=options.seconds, notify=partial(screen.say, op),
+            ))  # fmt: skip
             rows += found
             if not found:
                 raise ValueError(f"direction is backward or both, but {op} has no gradient")
@@ -167,9 +167,9 @@ class _Screen:
         if self.progress:
             self.progress.stop()
 
-    def say(self, what: str) -> None:
+    def say(self, op: str, what: str) -> None:
         if self.progress:
-            self.progress.update(self.task, description=what)
+            self.progress.update(self.task, description=f"{op}: {what}")
 
     def show(self, rows: Sequence[dict]) -> None:
         """Print what is known of one problem."""

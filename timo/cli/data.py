@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch.utils.data import Dataset
-
 from timo.cli.parsing import series_parser
-from timo.data import SimulatedSeries, check_dataset, open_series
+from timo.data import SeriesDataset, SimulatedSeries, check_dataset, open_series
 from timo.data.simulate import write_series
 
 
@@ -32,7 +30,7 @@ def check(arguments: Sequence[str]) -> int:
     """
     parser = series_parser("timo data check", check.__doc__)
     parser.add_argument("path", nargs="?", default=None, help="a data set that opens by its path")
-    parser.add_argument("--data", type=Dataset | None, help="any other, as RasterSeries")
+    parser.add_argument("--data", type=SeriesDataset | None, help="any other, as RasterSeries")
     parser.add_argument("--out", type=str, default=None, help="HTML page to write")
     parser.add_argument("--max_samples", type=int, default=16, help="samples to read")
     options = parser.parse_args(arguments)

@@ -4,8 +4,9 @@ import argparse
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer, seed_everything
 
@@ -51,14 +52,16 @@ def demo(arguments: Sequence[str]) -> int:
     timings: dict[str, float] = {}
     seed_everything(0, workers=True, verbose=False)
     with _Step("pretraining", timings):
-        data = SeriesData(_open(root, WEST, stride=TILE // 2), batch_size=8, dates=4)
+        west = _open(root, WEST, stride=TILE // 2)
+        data = SeriesData(west, batch_size=8, dates=4)
         pretraining = PretrainingTask(
-            data.train.bands, **data.normalisation(), model="timo_tiny",
+            west.bands, **data.normalisation(), model="timo_tiny",
             model_options={"pixel_norm": "none", **TINY_DECODER}, learning_rate=4e-4,
         )  # fmt: skip
         _fit(pretraining, data, out / "pretraining", options.pretrain_steps)
 
-    east = SeriesData(test=_open(root, EAST, labels=open_water), batch_size=2)
+    east = _open(root, EAST, labels=open_water)
+    measured = SeriesData(test=east, batch_size=2)
     scores = {}
     for name, weights in (("pretrained", str(out / "pretraining" / MODEL)), ("from scratch", None)):
         run = out / name.replace(" ", "_")
@@ -67,14 +70,14 @@ def demo(arguments: Sequence[str]) -> int:
             west = _open(root, WEST, stride=TILE // 2, labels=open_water)
             data = SeriesData(west, batch_size=4, dates=2, seed=1)
             task = SegmentationTask(
-                data.train.bands, **data.normalisation(), classes=CLASSES, per_frame=True,
+                west.bands, **data.normalisation(), classes=CLASSES, per_frame=True,
                 model="timo_tiny", pretrained=weights, learning_rate=5e-4, warmup=0.1,
                 schedule="cosine",
             )  # fmt: skip
             _fit(task, data, run, options.finetune_steps)
         with _Step(f"evaluation, {name}", timings):
             trainer = Trainer(accelerator="cpu", logger=False, **_QUIET)
-            (scores[name],) = trainer.test(task, datamodule=east, verbose=False)
+            (scores[name],) = trainer.test(task, datamodule=measured, verbose=False)
     with _Step("prediction", timings):
         whole = _open(root, None, stride=TILE - OVERLAP)
         task = load_segmenter(out / "pretrained", whole)
@@ -89,7 +92,7 @@ def demo(arguments: Sequence[str]) -> int:
             "environment": environment(0),
         }
         write_json(out / "figures.json", figures)
-        write_report(out, root, figures, pretraining.eval(), east.test)
+        write_report(out, root, figures, pretraining.eval(), east)
     _print_scores(scores)
     print(f"maps: {maps[0]}, {maps[1]}\nreport: {out / 'report.html'}")
     print(f"done in {time.perf_counter() - started:.0f} s")
@@ -119,7 +122,7 @@ def _open(root: Path, region, **options) -> RasterSeries:
     )
 
 
-_QUIET = {"enable_model_summary": False, "devices": 1}
+_QUIET: dict[str, Any] = {"enable_model_summary": False, "devices": 1}
 
 
 def _fit(task, data: SeriesData, out: Path, steps: int) -> None:
@@ -144,7 +147,7 @@ class _Step:
         self.timings[self.name] = round(time.perf_counter() - self.started, 1)
 
 
-def _print_scores(scores: dict[str, dict[str, float]]) -> None:
+def _print_scores(scores: Mapping[str, Mapping[str, float]]) -> None:
     print("\nopen water on the eastern part, which no model was trained on")
     print(f"{'':14s}{'IoU':>8s}{'F1':>8s}{'accuracy':>10s}")
     for name, score in scores.items():

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
-from torch.utils.data import Dataset
 
 from timo.cli.parsing import series_parser
+from timo.data import SeriesDataset
 from timo.data.series import WindowedSeries
 from timo.tasks import SeriesData, load_segmenter, load_task, predict_series
 from timo.tasks.runs import write_json
@@ -25,7 +25,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     """
     parser = series_parser("timo evaluate", evaluate.__doc__)
     _add_run(parser)
-    parser.add_argument("--data", type=Dataset, required=True, help="labelled series")
+    parser.add_argument("--data", type=SeriesDataset, required=True, help="labelled series")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
     parser.add_argument("--out", type=str, default=None, help="JSON file of the figures")
@@ -48,7 +48,9 @@ def predict(arguments: Sequence[str]) -> int:
     """Map every series of a data set to GeoTIFF: labels, optionally changes and probabilities."""
     parser = series_parser("timo predict", predict.__doc__)
     _add_run(parser)
-    parser.add_argument("--data", type=Dataset, required=True, help="series, not cut into tiles")
+    parser.add_argument(
+        "--data", type=SeriesDataset, required=True, help="series, not cut into tiles"
+    )
     parser.add_argument("--tile", type=int, default=224, help="window size in pixels")
     parser.add_argument("--overlap", type=int, default=32, help="pixels shared by neighbours")
     parser.add_argument("--batch_size", type=int, default=4)

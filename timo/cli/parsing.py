@@ -23,14 +23,16 @@ OURS = {"logger", "callbacks", "default_root_dir", "enable_checkpointing", "enab
 FROM_DATA = {"bands", "mean", "deviation", "scale", "offset"}
 
 
-def series_parser(program: str, description: str) -> ArgumentParser:
+def series_parser(program: str, description: str | None) -> ArgumentParser:
     """A parser with `--config`, whose errors name the key and are raised."""
     parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of these options")
     return parser
 
 
-def training_parser(program: str, description: str, task: type, derived: set) -> ArgumentParser:
+def training_parser(
+    program: str, description: str | None, task: type, derived: set
+) -> ArgumentParser:
     """Options of a training run: out, seed, resume, data.*, task.*, trainer.*."""
     parser = series_parser(program, description)
     name = program.split()[-1]

@@ -1,6 +1,7 @@
 """A simulated series as rasters, for the demonstration where the real one is absent."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ def write_scene(folder: Path) -> Path:
     transform = rasterio.Affine(10, 0, 500_000, 0, -10, 9_080_000)
     for date, frame in zip(sample["dates"].numpy().astype("datetime64[D]"), image):
         path = folder / f"{str(date).replace('-', '')}.tif"
-        georeference = {"crs": "EPSG:32718", "transform": transform, "nodata": 0}
+        georeference: dict[str, Any] = {"crs": "EPSG:32718", "transform": transform, "nodata": 0}
         with GeoTiffWriter(path, (len(BANDS), *SHAPE), "uint8", **georeference) as file:
             file.write(frame.round().astype(np.uint8), 0)
     return folder

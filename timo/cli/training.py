@@ -8,6 +8,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 
 from timo.cli.parsing import parse_training, training_parser
+from timo.data import TransformedSeries
 from timo.data.collate import by_date
 from timo.tasks import ClassificationTask, PretrainingTask, SegmentationTask, SeriesData
 from timo.tasks.base import SeriesTask
@@ -19,8 +20,8 @@ def pretrain(arguments: Sequence[str]) -> int:
     """Pretrain on unlabelled series."""
     parser = training_parser("timo pretrain", pretrain.__doc__, PretrainingTask, set())
     options = parse_training(parser, arguments)
-    data, normalisation = _data(parser, options)
-    task = PretrainingTask(data.train.bands, **normalisation, **options.task.as_dict())
+    data, train = _data(parser, options)
+    task = PretrainingTask(train.bands, **data.normalisation(), **options.task.as_dict())
     _train(task, data, parser, options)
     return 0
 
@@ -34,8 +35,9 @@ def finetune(arguments: Sequence[str]) -> int:
     """
     parser = finetuning_parser()
     options = parse_training(parser, arguments)
-    data, normalisation = _data(parser, options)
-    sample = data.train[0]
+    data, train = _data(parser, options)
+    normalisation, sample = data.normalisation(), train[0]
+    kind: type[SegmentationTask | ClassificationTask]
     kind = SegmentationTask if "mask" in sample else ClassificationTask
     if kind.target not in sample:
         raise ValueError(
@@ -44,10 +46,10 @@ def finetune(arguments: Sequence[str]) -> int:
         )
     labels = sample[kind.target]
     described = options.task.as_dict() | {"per_frame": by_date(kind.target, labels)}
-    described["classes"] = described["classes"] or _classes(data)
+    described["classes"] = described["classes"] or _classes(train)
     if not described["classes"]:
         raise ValueError('task.classes: name the classes of the labels, as ["land", "water"]')
-    task = kind(data.train.bands, **normalisation, **described)
+    task = kind(train.bands, **normalisation, **described)
     for name in task.recipe:
         options.task[name] = getattr(task, name)
     if task.pretrained_report:
@@ -64,19 +66,19 @@ def finetuning_parser() -> ArgumentParser:
     return parser
 
 
-def _classes(data: SeriesData) -> tuple[str, ...] | None:
+def _classes(train: TransformedSeries) -> tuple[str, ...] | None:
     """Names of the classes where the data set states them, as the simulated one does."""
-    return getattr(data.train.dataset, "classes", None)
+    return getattr(train.dataset, "classes", None)
 
 
-def _data(parser: ArgumentParser, options: Namespace) -> tuple[SeriesData, dict]:
+def _data(parser: ArgumentParser, options: Namespace) -> tuple[SeriesData, TransformedSeries]:
     seed_everything(options.seed, workers=True, verbose=False)
     data = parser.instantiate(options).data
     if data.train is None:
         raise ValueError(
             "data.train is missing; as --data.train RasterSeries --data.train.root DIR"
         )
-    return data, data.normalisation()
+    return data, data.train
 
 
 def _train(task: SeriesTask, data: SeriesData, parser: ArgumentParser, options: Namespace) -> None:

@@ -98,7 +98,7 @@ class RandomClouds:
         brightness: raw value of a thick cloud, one number or one for each band.
     """
 
-    def __init__(self, probability: float, brightness: float | Sequence[float]):
+    def __init__(self, probability: float, brightness: float | Sequence[float] | Tensor):
         if not 0 <= probability <= 1:
             raise ValueError(f"probability: must be in 0 ... 1, got {probability}")
         self.probability = probability

@@ -2,7 +2,7 @@
 
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
 
 from timo.data.locations import LocationSeries
+from timo.data.transforms import TransformedSeries
 
 
 class LocationLoader(DataLoader):
@@ -22,7 +23,7 @@ class LocationLoader(DataLoader):
     get memory of their own. The ring takes `prefetch_factor` * workers + 2 batches.
 
     Args:
-        dataset: the locations.
+        dataset: the locations, as they are or without transforms.
         batch_size: samples in a batch.
         sampler: order of indices; ascending if None.
         workers: processes; 0 loads in this one.
@@ -33,9 +34,9 @@ class LocationLoader(DataLoader):
 
     def __init__(
         self,
-        dataset: LocationSeries,
+        dataset: LocationSeries | TransformedSeries,
         batch_size: int,
-        sampler: Sampler | None = None,
+        sampler: Sampler | Iterable | None = None,
         workers: int = 0,
         drop_last: bool = False,
         pin: bool = False,
@@ -58,13 +59,14 @@ class LocationLoader(DataLoader):
             collate_fn=_as_it_is,
             **options,
         )
+        assert isinstance(self.batch_sampler, BatchSampler)  # which DataLoader has made
         self._placed = _WithPlaces(self.batch_sampler, self._ring)
 
     @property
     def _index_sampler(self) -> "_WithPlaces":
         return self._placed
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[dict]:  # type: ignore[override]
         # Workers that live on have put away what an earlier iteration left when this one starts;
         # others end with the iteration.
         turn = self._placed.next_turn(take_over=self._reused)
@@ -78,20 +80,22 @@ class LocationLoader(DataLoader):
                 self._ring.release(turn)
 
     def _received(self, sent: "dict | _Sent") -> dict:
-        batch = sent
         if isinstance(sent, _Sent):
-            batch = {"image": self._ring.take(sent.place, sent.count), "valid": sent.valid}
-            if sent.valid is None:
-                b, t, _, h, w = batch["image"].shape
-                batch["valid"] = torch.ones((), dtype=torch.bool).expand(b, t, h, w)
+            image, valid = self._ring.take(sent.place, sent.samples), sent.valid
+            if valid is None:
+                b, t, _, h, w = image.shape
+                valid = torch.ones((), dtype=torch.bool).expand(b, t, h, w)
+            batch: dict = {"image": image, "valid": valid}
             for key, value in sent.rest.items():
                 batch[key] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        else:
+            batch = sent
         if self._pin:
             batch["image"] = batch["image"].pin_memory()
         return batch
 
 
-def _as_it_is(batch: "dict | _Sent") -> "dict | _Sent":
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
@@ -102,7 +106,7 @@ class _Sent(NamedTuple):
     """
 
     place: int
-    count: int
+    samples: int
     valid: Tensor | None
     rest: dict
 
@@ -110,7 +114,7 @@ class _Sent(NamedTuple):
 class _Ring:
     """Shared memory for `count` batches, and which places of it are free."""
 
-    def __init__(self, dataset: LocationSeries, batch_size: int, count: int):
+    def __init__(self, dataset: LocationSeries | TransformedSeries, batch_size: int, count: int):
         dtype = getattr(torch, dataset.dtype.name)
         shape = (count, batch_size, *dataset.sample_shape)
         self.memory = torch.empty(shape, dtype=dtype).share_memory_()
@@ -169,7 +173,7 @@ class _WithPlaces(Sampler):
 class _IntoRing(Dataset):
     """What workers run."""
 
-    def __init__(self, dataset: LocationSeries, memory: Tensor):
+    def __init__(self, dataset: LocationSeries | TransformedSeries, memory: Tensor):
         self.dataset, self._memory = dataset, memory
 
     def __len__(self) -> int:

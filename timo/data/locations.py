@@ -140,9 +140,8 @@ class LocationSeries(SeriesDataset):
     def described(self, indices: Sequence[int]) -> tuple[list[str], np.ndarray, np.ndarray | None]:
         """All but the pixels of locations: names, days (B, T) and complete (B, T) or None."""
         found = [self.location(index) for index in indices]
-        complete = None
-        if all(one.complete is not None for one in found):
-            complete = np.stack([one.complete for one in found])
+        known = [one.complete for one in found if one.complete is not None]
+        complete = np.stack(known) if len(known) == len(found) else None
         return [one.name for one in found], np.stack([one.days for one in found]), complete
 
 
@@ -178,7 +177,7 @@ class RecentMaps(OrderedDict):
 _TORCH = {"uint8": torch.uint8, "uint16": torch.uint16}
 
 
-def location_dtype(dtype: np.dtype, where: object) -> np.dtype:
+def location_dtype(dtype: np.dtype | str, where: object) -> np.dtype:
     """`dtype` if locations may hold it, else DataError naming `where`."""
     if np.dtype(dtype).name not in _TORCH:
         raise DataError(f"{where}: holds {dtype}; locations hold uint8 or uint16, convert them")

@@ -167,7 +167,7 @@ def list_rasters(folder: Path) -> Listing:
             others.append((path, role, parse_date(start) if is_date(start) else start))
         else:
             images.append(path)
-    owners = defaultdict(list)  # by date, and by name
+    owners: dict[np.datetime64 | str, list[Path]] = defaultdict(list)  # by date, and by name
     for path in images:
         owners[path.stem].append(path)
         with suppress(DataError):

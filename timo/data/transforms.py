@@ -8,6 +8,7 @@ depends on its own generator alone, in whatever batch it is.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -17,8 +18,11 @@ from torch.utils.data import Dataset
 from timo.data.collate import by_date
 from timo.data.contract import SeriesDataset
 
+if TYPE_CHECKING:
+    from timo.data.locations import LocationSeries
+
 Generators = Generator | Sequence[Generator]
-Transform = Callable[[dict, Generators], dict]
+Transform = Callable[[dict, Generator], dict]
 
 _SPATIAL = ("image", "valid", "mask")
 
@@ -106,7 +110,7 @@ class TransformedSeries(Dataset):
                 "without transforms; draw samples one by one: dataset[index]"
             )
         keys = sample_keys(self.seed, int(self._epoch), indices)
-        return self.dataset.batch(indices, out) | {"key": keys}
+        return cast("LocationSeries", self.dataset).batch(indices, out) | {"key": keys}
 
     def __getattr__(self, name: str):
         if name == "dataset" or name.startswith("__"):  # while unpickling there is no dataset yet

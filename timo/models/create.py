@@ -1,6 +1,6 @@
 """Models by name."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import nn
 
@@ -15,12 +15,32 @@ HEADS = {"classification": Classifier, "segmentation": Segmenter}
 ENCODER_OPTIONS = {*OPTIONS["encoder"]}
 
 
+@overload
+def create_model(
+    name: str,
+    task: Literal["mae"],
+    in_chans: int = 3,
+    num_classes: int | None = None,
+    **overrides: Any,
+) -> MaskedAutoencoder: ...
+
+
+@overload
 def create_model(
     name: str,
     task: str = "encoder",
     in_chans: int = 3,
     num_classes: int | None = None,
-    **overrides,
+    **overrides: Any,
+) -> nn.Module: ...
+
+
+def create_model(
+    name: str,
+    task: str = "encoder",
+    in_chans: int = 3,
+    num_classes: int | None = None,
+    **overrides: Any,
 ) -> nn.Module:
     """Build a model with fresh weights.
 

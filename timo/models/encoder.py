@@ -158,7 +158,8 @@ class Encoder(nn.Module):
         frames = clear_invalid(frames, valid)
         x = self.stem(frames.flatten(0, 1), per_map(pool_valid(valid, 2)))
         x = x.unflatten(0, frames.shape[:2])  # [B, T, h, w, D]
-        x = x + grid_code(time, *x.shape[2:], x.dtype)
+        h, w, dim = x.shape[2:]
+        x = x + grid_code(time, h, w, dim, x.dtype)
         maps, valids = [], []
         for (tokens, usable), s in zip(self.run_stages(x, pool_valid(valid, 4)), STRIDES):
             h, w = -(-H // s), -(-W // s)

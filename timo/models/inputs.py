@@ -1,5 +1,7 @@
 """What models check at their public door, and how they pad and clear frames."""
 
+from typing import overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,6 +67,14 @@ def pad_frames(frames: Tensor) -> Tensor:
     """Pad (B, T, C, H, W) with zeros, right and below, to multiples of 32."""
     padding = _padding(*frames.shape[3:])
     return F.pad(frames, padding) if any(padding) else frames
+
+
+@overload
+def pad_valid(valid: Tensor, frames: Tensor) -> Tensor: ...
+
+
+@overload
+def pad_valid(valid: Tensor | None, frames: Tensor) -> Tensor | None: ...
 
 
 def pad_valid(valid: Tensor | None, frames: Tensor) -> Tensor | None:

@@ -191,7 +191,8 @@ class MaskedAutoencoder(nn.Module):
         )
         tokens = encoder.stem(tiles.flatten(0, 1), per_map(entries), halo=True, count=count)
         tokens = tokens.unflatten(0, visible_ids.shape)  # [B, K, 8, 8, D]
-        tokens = tokens + unit_code(time, visible_ids, grid, *tokens.shape[3:], tokens.dtype)
+        side, dim = tokens.shape[3:]
+        tokens = tokens + unit_code(time, visible_ids, grid, side, dim, tokens.dtype)
         latent = encoder.run_stages(tokens, pool_valid(seen, 4))[-1][0].flatten(2)
         pred = self.decoder(latent, visible_ids, masked_ids, time, grid, usable)
         loss = ops.masked_pixel_loss(pred, frames, masked_ids, norm=self.pixel_norm, **values)

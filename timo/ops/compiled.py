@@ -1,5 +1,7 @@
 """Calls into `timo._C`: arguments are addresses, strides and sizes."""
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,14 @@ def launch(name: str, device: torch.device, *args) -> None:
 
 def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+@overload
+def dense(x: Tensor) -> Tensor: ...
+
+
+@overload
+def dense(x: Tensor | None) -> Tensor | None: ...
 
 
 def dense(x: Tensor | None) -> Tensor | None:

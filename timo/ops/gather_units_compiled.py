@@ -21,7 +21,7 @@ def forward(
     """Tiles as the reference gives them."""
     (B, K), size = visible_ids.shape, before + unit + after
     tiles = torch.empty((B, K, frames.shape[2], size, size), dtype=dtype, device=frames.device)
-    ids, scale, offset = map(dense, (visible_ids, scale, offset))
+    ids, scale, offset = dense(visible_ids), dense(scale), dense(offset)
     launch(
         "gather_units", frames.device, units(frames, ids, scale, offset, valid, unit),
         tiles.data_ptr(), dispatch.dtype_code(dtype), before, after,
@@ -45,7 +45,7 @@ def backward(
     """Gradient of the frames; the kernel writes every pixel of it."""
     shape = (grad.shape[0], dates, grad.shape[2], height, width)
     frames = torch.empty(shape, dtype=dtype, device=grad.device)
-    grad, ids, scale = map(dense, (grad, visible_ids, scale))
+    grad, ids, scale = dense(grad), dense(visible_ids), dense(scale)
     launch(
         "gather_units_backward", grad.device, units(frames, ids, scale, None, valid, unit),
         grad.data_ptr(), dispatch.dtype_code(grad.dtype), before, after,

@@ -28,11 +28,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and spatial_lse as the reference gives them."""
     B, T, N, H, D = q.shape
-    inputs = [_dense(x) for x in (q, k, v, q_median, k_median)]
+    inputs = [*map(_dense, (q, k, v, q_median, k_median)), gate]
     out = torch.empty(inputs[0].shape, dtype=q.dtype)
     lse = torch.empty((B, T, N, H), dtype=torch.float32)
     spatial_lse = torch.empty((B, N, H), dtype=torch.float32)
-    views = [*_views(*inputs, gate), _dated(out), _dated(lse), _dateless(spatial_lse)]
+    views = [*_views(*inputs), _dated(out), _dated(lse), _dateless(spatial_lse)]
     launch("gyroscope_attention", q.device, views, *_sizes(inputs[0], gate, valid, scale))
     return out[..., :D].contiguous(), lse, spatial_lse
 
@@ -53,10 +53,10 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, q_median, k_median and gate."""
     D = q.shape[-1]
-    inputs = [_dense(x) for x in (q, k, v, q_median, k_median)]
+    inputs = [*map(_dense, (q, k, v, q_median, k_median)), gate]
     grad, out = _dense(grad), _dense(out)
-    results = [torch.empty(x.shape, dtype=x.dtype) for x in (*inputs, gate)]
-    views = [*_views(*inputs, gate), _dated(out), _dated(lse), _dateless(spatial_lse)]
+    results = [torch.empty(x.shape, dtype=x.dtype) for x in inputs]
+    views = [*_views(*inputs), _dated(out), _dated(lse), _dateless(spatial_lse)]
     views += [_dated(grad), *_views(*results)]
     sizes = _sizes(inputs[0], gate, valid, scale)
     launch("gyroscope_attention_backward", q.device, views, *sizes)

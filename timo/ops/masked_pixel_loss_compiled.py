@@ -3,6 +3,8 @@
 Frames of any strides are not copied, and targets are not kept: the workspace is 32 bytes a unit.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,11 +25,12 @@ def forward(
     norm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss, mean, rstd and count as the reference gives them."""
-    single = {"dtype": torch.float32, "device": pred.device}
+    single: dict[str, Any] = {"dtype": torch.float32, "device": pred.device}
     loss, mean, rstd = (torch.empty(s, **single) for s in ((), masked_ids.shape, masked_ids.shape))
     count = torch.empty((), dtype=torch.int64, device=pred.device)
     partial = torch.empty((*masked_ids.shape, 4), dtype=torch.float64, device=pred.device)
-    pred, ids, scale, offset = map(dense, (pred, masked_ids, scale, offset))
+    pred, ids = map(dense, (pred, masked_ids))
+    scale, offset = map(dense, (scale, offset))
     launch(
         "masked_pixel_loss", pred.device, units(frames, ids, scale, offset, valid, unit),
         [*map(address, (pred, mean, rstd, loss, count, partial)), 0, 0],
@@ -51,7 +54,8 @@ def backward(
 ) -> Tensor:
     """Gradient of the prediction; the kernel reads the frames again."""
     out = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
-    pred, ids, scale, offset = map(dense, (pred, masked_ids, scale, offset))
+    pred, ids = map(dense, (pred, masked_ids))
+    scale, offset = map(dense, (scale, offset))
     mean, rstd = mean.contiguous(), rstd.contiguous()
     launch(
         "masked_pixel_loss_backward", pred.device, units(frames, ids, scale, offset, valid, unit),

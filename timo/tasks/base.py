@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset
 
-from timo.data import DataError
+from timo.data import DataError, SeriesDataset
 from timo.data.transforms import sample_generator
+from timo.tasks.data import SeriesData
 
 
 def read_description(path: Path) -> dict:
@@ -43,6 +44,11 @@ class SeriesTask(LightningModule):
         schedule: "cosine" falls to 0 over the remaining steps, "constant" stays.
     """
 
+    model: nn.Module
+    mean: Tensor
+    deviation: Tensor
+    scale: Tensor
+    offset: Tensor
     units: str | None = None  # of the physical values that it was trained on; None if unknown
 
     def __init__(
@@ -77,7 +83,7 @@ class SeriesTask(LightningModule):
         """(scale, offset), (C,) each: raw * scale + offset is what the model sees."""
         return self.scale / self.deviation, (self.offset - self.mean) / self.deviation
 
-    def read_from(self, dataset: Dataset) -> None:
+    def read_from(self, dataset: SeriesDataset) -> None:
         """Take scale and offset from `dataset`; DataError unless bands and units are as trained."""
         if tuple(dataset.bands) != self.bands:
             raise DataError(
@@ -92,13 +98,19 @@ class SeriesTask(LightningModule):
         self.scale.copy_(dataset.scale)
         self.offset.copy_(dataset.offset)
 
+    @property
+    def _data(self) -> SeriesData:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
     def on_fit_start(self) -> None:
         if any(isinstance(module, nn.SyncBatchNorm) for module in self.modules()):
             raise ValueError(
                 "trainer.sync_batchnorm is true, which puts norms without validity in place of "
                 "the model's; leave it false and set task.model_options.sync_batchnorm to true"
             )
-        self.units = self.trainer.datamodule.train.units
+        train = self._data.train
+        assert train is not None
+        self.units = train.units
 
     def description(self) -> dict:
         """Arguments that build the task again, but for scale and offset, and its units.
@@ -115,17 +127,18 @@ class SeriesTask(LightningModule):
         }
 
     def on_train_epoch_start(self) -> None:
-        self.trainer.datamodule.set_epoch(self.current_epoch)
+        self._data.set_epoch(self.current_epoch)
 
     def on_train_batch_start(self, batch: dict, index: int) -> None:
         # Stochastic depth depends on (seed, step, rank) alone, so that a run that was stopped and
         # resumed equals one that was not.
-        seed = self.trainer.datamodule.seed
+        seed = self._data.seed
         drawn = sample_generator(seed, self.global_step, -2 - self.global_rank).initial_seed()
         torch.manual_seed(drawn)
 
-    def configure_optimizers(self) -> dict:
-        decayed, kept = [], []
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        decayed: list[nn.Parameter] = []
+        kept: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 matrix = parameter.ndim > 1 and not name.endswith("mask_token")

@@ -1,9 +1,10 @@
 """Classification of series, or of every frame of a series."""
 
 import math
+from typing import Any
 
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from timo.data import IGNORE_INDEX
@@ -25,10 +26,10 @@ class ClassificationTask(SupervisedTask):
 
     def metrics(self) -> MetricCollection:
         """F1 by class (NaN of one that does not occur), their mean, and accuracy."""
-        options = {
+        options: dict[str, Any] = {
             "num_classes": len(self.classes), "ignore_index": IGNORE_INDEX, "validate_args": False,
         }  # fmt: skip
-        chosen = {
+        chosen: dict[str, Metric | MetricCollection] = {
             "f1": MulticlassF1Score(average=None, zero_division=math.nan, **options),
             "mean_f1": MulticlassF1Score(average="macro", **options),
             "accuracy": MulticlassAccuracy(average="micro", **options),

@@ -1,6 +1,7 @@
 """Datasets as a LightningDataModule: batches, augmentation, normalisation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -11,6 +12,7 @@ from timo.data import (
     IGNORE_INDEX,
     DataError,
     LocationLoader,
+    SeriesDataset,
     TemporalSubset,
     TransformedSeries,
     collate_series,
@@ -19,10 +21,20 @@ from timo.data import (
 )
 from timo.data.augmentation import BandDropout, RandomClouds, RandomResizedCrop
 from timo.data.locations import LocationSeries
+from timo.data.readers.common import PublishedSeries
 from timo.data.series import WindowedSeries
-from timo.data.transforms import sample_generator
+from timo.data.transforms import Generators, Transform, sample_generator
 from timo.models.inputs import UNIT
 from timo.models.masking import least_usable, usable_units
+
+
+class Normalisation(TypedDict):
+    """What tasks need to read pixels, (C,) each; see `SeriesTask`."""
+
+    mean: Tensor
+    deviation: Tensor
+    scale: Tensor
+    offset: Tensor
 
 
 class SeriesData(LightningDataModule):
@@ -46,9 +58,9 @@ class SeriesData(LightningDataModule):
 
     def __init__(
         self,
-        train: Dataset | None = None,
-        val: Dataset | None = None,
-        test: Dataset | None = None,
+        train: SeriesDataset | None = None,
+        val: SeriesDataset | None = None,
+        test: SeriesDataset | None = None,
         batch_size: int = 8,
         dates: int | None = None,
         augment: bool = True,
@@ -65,10 +77,12 @@ class SeriesData(LightningDataModule):
         self.val = None if val is None else TransformedSeries(val, [], seed)
         self.test = test
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
-        transforms = [TemporalSubset(dates)] if dates else []
-        transforms += [RandomClouds(clouds, cloud_brightness(train))] if clouds else []
+        transforms: list[Transform] = [TemporalSubset(dates)] if dates else []
+        if clouds and train is not None:
+            transforms.append(RandomClouds(clouds, cloud_brightness(train)))
         transforms += [RandomResizedCrop(crop)] if crop else []
         transforms += [BandDropout(band_dropout)] if band_dropout else []
+        flips: list[Callable[[dict, Generators], dict]]
         flips = [random_flip, random_rotate90] if augment else []
         if isinstance(train, LocationSeries) and dates:
             raise ValueError("dates: state --data.train.dates, so that only those are read")
@@ -96,23 +110,28 @@ class SeriesData(LightningDataModule):
                 }
         return record
 
-    def normalisation(self) -> dict[str, Tensor]:
+    def normalisation(self) -> Normalisation:
         """Mean and deviation of `train`, and its raw units: what tasks need to read pixels."""
-        mean, deviation = self.train.dataset.statistics()
+        assert self.train is not None
+        dataset = self.train.dataset
+        mean, deviation = dataset.statistics()
         deviation = torch.where(deviation > 0, deviation, 1.0)
-        raw = {"scale": self.train.scale, "offset": self.train.offset}
-        return {"mean": mean, "deviation": deviation, **raw}
+        return Normalisation(
+            mean=mean, deviation=deviation, scale=dataset.scale, offset=dataset.offset
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Draw shuffling and augmentation anew; tasks call it when an epoch starts."""
+        assert self.train is not None
         self.train.set_epoch(epoch)
         self._sampler.set_epoch(epoch)
 
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         valid = compact_valid(batch["valid"])
         task = getattr(self.trainer, "lightning_module", None)
-        if hasattr(task, "check_labels"):  # a supervised task, which may see nothing in a sample
-            task.check_labels(batch)
+        check = getattr(task, "check_labels", None)
+        if check:  # a supervised task, which may see nothing in a sample
+            check(batch)
             return batch | {"valid": valid}
         usable = batch["valid"].flatten(1).any(1).tolist()
         if not all(usable):
@@ -138,35 +157,34 @@ class SeriesData(LightningDataModule):
 
     def _turned(self, batch: dict) -> dict:
         """The batch flipped and turned, where that is done for whole batches."""
-        if self._batched and self.trainer.training:
+        if self._batched and self.trainer is not None and self.trainer.training:
             generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
             for transform in self._batched:
                 batch = transform(batch, generators)
         return batch
 
     def train_dataloader(self) -> DataLoader:
+        assert self.train is not None
         lengths = None
         if hasattr(self.train.dataset, "lengths"):
             lengths = [min(t, self._dates or t) for t in self.train.lengths()]
             lengths = lengths if len(set(lengths)) > 1 else None
         self._sampler = SeededShuffle(len(self.train), self.seed, lengths, self.batch_size)
-        return self._loader(self.train, sampler=self._sampler, drop_last=self._full_batch())
+        # A last batch of another size would disturb batch statistics; keep it if it is the only.
+        full = len(self.train) >= self.batch_size
+        return self._loader(self.train, sampler=self._sampler, drop_last=full)
 
     def val_dataloader(self) -> DataLoader | list:
         return [] if self.val is None else self._loader(self.val)
 
     def test_dataloader(self) -> DataLoader:
-        windowed = isinstance(self.test, WindowedSeries)
-        return self._loader(EachPixelOnce(self.test) if windowed else self.test)
-
-    def _full_batch(self) -> bool:
-        # A last batch of another size would disturb batch statistics; keep it if it is the only.
-        return len(self.train) >= self.batch_size
+        assert self.test is not None
+        test = EachPixelOnce(self.test) if isinstance(self.test, WindowedSeries) else self.test
+        return self._loader(test)
 
     def _loader(self, dataset: Dataset, **options) -> DataLoader:
         pin = torch.cuda.is_available()
-        held = getattr(dataset, "dataset", dataset)
-        if isinstance(held, LocationSeries) and not getattr(dataset, "transforms", ()):
+        if isinstance(dataset, LocationSeries | TransformedSeries) and dataset.whole:
             return LocationLoader(
                 dataset, self.batch_size, workers=self.workers, pin=pin,
                 persistent_workers=self.workers > 0, **options,
@@ -244,7 +262,7 @@ class SeededShuffle(Sampler):
         return iter([i for run in [*(full[k] for k in shuffled), *rest] for i in run])
 
 
-def cloud_brightness(dataset: Dataset) -> Tensor:
+def cloud_brightness(dataset: SeriesDataset) -> Tensor:
     """Raw value of a cloud in each band, float32 (C,): reflectance 0.7, or 230 of 8 bits."""
     if dataset.units == "reflectance":
         return (0.7 - dataset.offset) / dataset.scale
@@ -269,7 +287,7 @@ def compact_valid(valid: Tensor) -> Tensor | None:
     return whole if bool((whole | ~frames.any(2)).all()) else valid
 
 
-def _same_bands(train: Dataset, name: str, other: Dataset) -> None:
+def _same_bands(train: SeriesDataset, name: str, other: SeriesDataset) -> None:
     if tuple(train.bands) != tuple(other.bands):
         raise DataError(
             f"{name}: has bands {tuple(other.bands)} but train has {tuple(train.bands)}; select= "
@@ -283,11 +301,13 @@ def _same_bands(train: Dataset, name: str, other: Dataset) -> None:
             )
 
 
-def _disjoint(parts: dict[str, Dataset | None]) -> None:
+def _disjoint(parts: dict[str, SeriesDataset | None]) -> None:
     """No sample of a published data set may be in two parts."""
     seen: dict[tuple, str] = {}
     for part, dataset in parts.items():
-        for name in getattr(dataset, "names", ()):
+        if not isinstance(dataset, PublishedSeries):
+            continue
+        for name in dataset.names:
             first = seen.setdefault((type(dataset), name), part)
             if first != part:
                 raise DataError(

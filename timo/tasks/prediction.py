@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from timo import load_checkpoint
 from timo.data import IGNORE_INDEX, DataError, GeoTiffWriter, blend, collate_series
 from timo.data.contract import SeriesDataset
+from timo.data.series import WindowedSeries
 from timo.tasks.base import read_description
 from timo.tasks.classification import ClassificationTask
 from timo.tasks.data import compact_valid
@@ -61,7 +62,7 @@ def load_segmenter(run: str | Path, dataset: SeriesDataset, best: bool = False) 
 
 @torch.inference_mode()
 def predict_strips(
-    task: SegmentationTask, dataset: SeriesDataset, number: int, overlap: int, batch_size: int = 4
+    task: SegmentationTask, dataset: WindowedSeries, number: int, overlap: int, batch_size: int = 4
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Label maps of one series and their logits, in strips from top to bottom.
 
@@ -101,7 +102,7 @@ def predict_strips(
 
 def predict_series(
     task: SegmentationTask,
-    dataset: SeriesDataset,
+    dataset: WindowedSeries,
     out: str | Path,
     overlap: int,
     number: int = 0,

@@ -7,6 +7,7 @@ import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -58,7 +59,7 @@ def fit(
     """
     suffix = _suffix(out) if resume else ""
     folder = out / "checkpoints"
-    keep = {"enable_version_counter": False}
+    keep: dict[str, Any] = {"enable_version_counter": False}
     callbacks = [
         ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, **keep),
         LearningRateMonitor("step"),
@@ -132,7 +133,7 @@ def _check_resumable(task: SeriesTask, out: Path) -> None:
 
 def environment(seed: int) -> dict:
     """Versions, device, command and seed."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in ("timo", "torch", "lightning", "torchmetrics", "triton", "numpy", "rasterio"):
         try:
             packages[name] = version(name)

@@ -1,9 +1,10 @@
 """Semantic segmentation of series, or of every frame of a series."""
 
 import math
+from typing import Any
 
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassF1Score,
@@ -28,10 +29,10 @@ class SegmentationTask(SupervisedTask):
 
     def metrics(self) -> MetricCollection:
         """IoU and F1 by class (NaN of one that does not occur), their means, overall accuracy."""
-        options = {
+        options: dict[str, Any] = {
             "num_classes": len(self.classes), "ignore_index": IGNORE_INDEX, "validate_args": False,
         }  # fmt: skip
-        chosen = {
+        chosen: dict[str, Metric | MetricCollection] = {
             "iou": MulticlassJaccardIndex(average=None, zero_division=math.nan, **options),
             "f1": MulticlassF1Score(average=None, zero_division=math.nan, **options),
             "mean_iou": MulticlassJaccardIndex(average="macro", **options),

@@ -45,6 +45,7 @@ class SupervisedTask(SeriesTask, ABC):
     kind: str
     target: str
     recipe: dict[str, Any]
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -187,7 +188,7 @@ class SupervisedTask(SeriesTask, ABC):
         self._log(self.val_metrics)
 
     def on_test_epoch_start(self) -> None:
-        self._labelled = 0
+        self._labelled: int | Tensor = 0
 
     def test_step(self, batch: dict, index: int) -> None:
         labels = self.labels_of(batch)

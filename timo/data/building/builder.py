@@ -216,6 +216,7 @@ def _start_worker(job: _Job) -> None:
     _JOB = job
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    assert parent is not None  # this process is a worker
     watch = functools.partial(_end_with, parent.sentinel)
     threading.Thread(target=watch, daemon=True).start()
 
@@ -249,8 +250,10 @@ def _make_shard(job: _Job, number: int) -> None:
     names = job.names[number * job.per_shard : (number + 1) * job.per_shard]
     shard = job.out / shard_name(number)
     partial = shard.with_name(f".{shard.stem}.{os.getpid()}.partial")
-    rows, log, centres = [], [], []
-    scenes, locations = Counter(), Counter(candidates=len(names))
+    rows: list[dict] = []
+    log, centres = [], []
+    scenes: Counter[str] = Counter()
+    locations = Counter(candidates=len(names))
     with open(partial, "wb") as file:
         file.write(shard_header((0, *job.shape), dtype))
         for name in names:
@@ -298,7 +301,7 @@ def _make_shard(job: _Job, number: int) -> None:
 def _finish(job: _Job) -> None:
     """Write the index, the report and the log, and then the manifest that makes it a store."""
     rows, log, files, shards = [], [], {}, []
-    counts = {"locations": Counter(), "scenes": Counter()}
+    counts: dict[str, Counter[str]] = {"locations": Counter(), "scenes": Counter()}
     for number in range(job.shards):
         part = json.loads(_part(job.out, number).read_text())
         shards.append(len(part["rows"]))

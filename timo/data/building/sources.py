@@ -48,6 +48,7 @@ class Source(ABC):
     """
 
     content: Content
+    size: int  # pixels of a side of a location
 
     def inputs(self) -> dict:
         """What else tells one source from another when a build goes on."""
@@ -122,8 +123,9 @@ class TiffSource(Source):
             raise Unfit("wrong size", f"{files.named}: {height} x {width} pixels, {need}")
         box = np.s_[:, row : row + self.size, col : col + self.size]
         pixels = planes[0] if len(planes) == 1 else np.concatenate(planes)
-        if all(held is not None for _, _, held in read):
-            held = [_repeated(held[None], height, width, files)[0] for _, _, held in read]
+        known = [held for _, _, held in read if held is not None]
+        if len(known) == len(read):
+            held = [_repeated(plane[None], height, width, files)[0] for plane in known]
             # 0 in every band is no data in the store, here it is dark ground.
             pixels[:, np.all(held, axis=0) & ~pixels.any(0)] = 1
         cloudy = None

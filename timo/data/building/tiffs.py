@@ -31,7 +31,8 @@ class Header(NamedTuple):
 def header_of(file) -> Header:
     """Header of an open file; bands without a description are band1, band2 ..."""
     bands = [text or f"band{i}" for i, text in enumerate(file.descriptions, 1)]
-    return Header(*file.shape, bands, file.dtypes[0], file.scales, file.offsets)
+    height, width = file.shape
+    return Header(height, width, bands, file.dtypes[0], file.scales, file.offsets)
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,9 @@ def degrees(centres: list[tuple[str, float, float] | None]) -> list[tuple[float,
         from rasterio.errors import CRSError, RasterioError
         from rasterio.warp import transform
 
-        at = [i for i, centre in enumerate(centres) if centre and centre[0] == crs]
+        at = {i: centre[1:] for i, centre in enumerate(centres) if centre and centre[0] == crs}
         try:
-            places = transform(crs, "EPSG:4326", *zip(*(centres[i][1:] for i in at)))
+            places = transform(crs, "EPSG:4326", *zip(*at.values()))
         except (CRSError, RasterioError, CPLE_BaseError):
             continue
         for i, longitude, latitude in zip(at, *places):
@@ -127,7 +128,7 @@ def read_tiff(
             if like is not None:
                 _check_header(path, header_of(file), like)
             window = None if corner is None else Window(corner[1], corner[0], size, size)
-            if window and (corner[0] + size > file.height or corner[1] + size > file.width):
+            if corner and (corner[0] + size > file.height or corner[1] + size > file.width):
                 raise Unfit("wrong size", f"{path}: has no {size} x {size} pixels at {corner}")
             if window is None and max(file.shape) > _LARGEST:
                 its = f"{file.height} x {file.width} pixels"

@@ -36,7 +36,12 @@ class PublishedSeries(SeriesDataset):
     """
 
     def __init__(
-        self, root: Path, split: str, names: Iterable[str], classes: Sequence[str], **band_info
+        self,
+        root: str | Path,
+        split: str,
+        names: Iterable[str],
+        classes: Sequence[str],
+        **band_info,
     ):
         super().__init__(**band_info)
         self.root, self.split, self.classes = Path(root), split, tuple(classes)
@@ -133,7 +138,7 @@ def read_raster(
     path: Path,
     count: int | None,
     dtype: str | Sequence[str],
-    size: tuple[int, int] | None = None,
+    size: Sequence[int] | None = None,
     grid: tuple | None = None,
 ) -> tuple[np.ndarray, np.ndarray, tuple]:
     """Pixels (C, H, W) as on disk, usable bool (C, H, W) by the file's nodata, and its grid.
@@ -144,7 +149,7 @@ def read_raster(
     with open_raster(path, driver="GTiff") as file:  # a VRT could name any file
         dtypes = (dtype,) if isinstance(dtype, str) else tuple(dtype)
         found, its = (file.crs, tuple(file.transform)[:6]), (file.height, file.width)
-        checks = [
+        checks: list[tuple[str, Any, bool, Any]] = [
             ("dtype", file.dtypes[0], set(file.dtypes) <= set(dtypes), " or ".join(dtypes)),
             ("size", its, max(its) <= _LARGEST, f"at most {_LARGEST} pixels wide and high"),
         ]
@@ -169,7 +174,7 @@ def clean(image: np.ndarray, valid: np.ndarray) -> tuple[torch.Tensor, torch.Ten
 
     `valid` is (T, H, W), or (T, C, H, W), where a pixel needs all of its bands.
     """
-    valid = valid if valid.ndim == 3 else valid.all(1)
+    valid = valid if valid.ndim == 3 else np.all(valid, 1)
     image = tensor_pixels(image)
     if image.dtype.kind == "f":
         valid = valid & np.isfinite(image).all(1)

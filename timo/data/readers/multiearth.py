@@ -142,7 +142,8 @@ class MultiEarth(PublishedSeries):
     def _acquisitions(self, files: dict, bands: list[str], incomplete: str) -> dict:
         """{(lon, lat): {day: layers of bands, then quality}}, complete ones only."""
         needed = [*bands, *([self._quality] if self._quality else [])]
-        places, missing = defaultdict(dict), []
+        places: dict[tuple, dict[int, list]] = defaultdict(dict)
+        missing: list[str] = []
         for (lon, lat, day), layers in sorted(files.items()):
             lacking = [band for band in needed if band not in layers]
             if lacking:
@@ -179,7 +180,7 @@ class MultiEarth(PublishedSeries):
         valid = np.ones(pixels.shape[1:], bool)
         image = pixels[: len(self.bands)]
         if self.sensor.dtype != "float32":
-            valid = image.any(0)
+            valid = np.any(image, 0)
         if self._quality == "QA60":
             valid &= pixels[-1] & CLOUDS == 0
         elif self._quality == "QA_PIXEL":
@@ -222,7 +223,8 @@ def _scan(root: Path, sensor: str) -> tuple[dict, dict]:
 
     A layer is the path of a TIFF, or (path of a NetCDF file, number of its layer).
     """
-    files, masks = defaultdict(dict), {}
+    files: dict[tuple, dict] = defaultdict(dict)
+    masks: dict = {}
     for path in with_progress(sorted(root.rglob("*")), "names of files"):
         if path.suffix == ".nc":
             source, found = netcdf_layers(path, (sensor, "Deforestation"))
@@ -283,7 +285,7 @@ def _first_day(month: np.datetime64) -> int:
     return int(month.astype("datetime64[D]").astype(np.int64))
 
 
-def _read(layers: list, dtype: str, size: tuple[int, int] | None = None) -> np.ndarray:
+def _read(layers: list, dtype: str, size: Sequence[int] | None = None) -> np.ndarray:
     """Pixels (len(layers), H, W); of layers that one NetCDF file holds all at once."""
     pixels = []
     for path, some in groupby(layers, key=lambda at: at if isinstance(at, Path) else at[0]):
@@ -303,7 +305,7 @@ def _read_label(label: Path | tuple[Path, int]) -> torch.Tensor:
     return map_labels(_read([label], "uint8")[0], {0: 0, 1: 1}, path)
 
 
-def _to_size(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _to_size(frames: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """`frames` (..., h, w) at `size`, the nearest pixel for each."""
     h, w = frames.shape[-2:]
     if (h, w) == tuple(size):

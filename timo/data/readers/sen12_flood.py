@@ -99,7 +99,9 @@ class Sen12Flood(PublishedSeries):
         else:
             parts = split_places({name: _box(path, name, held) for name, held in places.items()})
             names = [name for name, part in parts.items() if part == split]
-        self._images, lacking, total = {}, [], 0
+        self._images: dict[str, list[_Image]] = {}
+        lacking: list[Path] = []
+        total = 0
         for name in with_progress(names, "places"):
             images = []
             for image in _images(path, root, name, places[name]):
@@ -145,6 +147,7 @@ class Sen12Flood(PublishedSeries):
         """Bands (C, H, W) of an image, usable (H, W); on `grid` of `size`, that of the first."""
         dtype = "uint16" if self.sensor == "s2" else "float32"
         bands, helds = [], []
+        own: Any
         own, shape = (grid, size) if self.sensor == "s2" else (None, None)
         for path in self._of(image):
             pixels, held, own = read_raster(path, 1, dtype, shape, own)
@@ -226,13 +229,13 @@ def _images(path: Path, root: Path, name: str, place: dict[str, Any]) -> list[_I
     return images
 
 
-def _box(path: Path, name: str, place: dict[str, Any]) -> tuple[float, ...] | None:
+def _box(path: Path, name: str, place: dict[str, Any]) -> tuple[float, float, float, float] | None:
     """(west, south, east, north) of the polygon `geo` of a place, None where it has none."""
     if "geo" not in place:
         return None
     try:
         ring = np.array(place["geo"]["coordinates"][0], np.float64)
-        west, south, east, north = *ring.min(0), *ring.max(0)
+        (west, south), (east, north) = ring.min(0), ring.max(0)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise DataError(f"{path}: geo of place {name} must be a polygon ({error!r})") from None
     return west, south, east, north

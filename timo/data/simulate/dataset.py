@@ -177,7 +177,7 @@ class SimulatedSeries(SeriesDataset):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, object]:
+    def __getitem__(self, index: int) -> dict:
         index = self._checked(index)
         streams = self._streams(index)
         scene = self._scene(streams)
