@@ -1,6 +1,7 @@
 """What an installed wheel must do with core dependencies alone. Argument: nvcc there, yes or no."""
 
 import sys
+from pathlib import Path
 
 import torch
 
@@ -9,6 +10,7 @@ from timo import _C
 from timo.ops import dispatch
 
 assert "site-packages" in timo.__file__, timo.__file__
+assert Path(timo.__file__).with_name("py.typed").exists(), "type checkers would not look at timo"
 if sys.argv[1] == "yes":
     assert _C.has_cuda, "nvcc was there, but the wheel has no CUDA kernels"
 x = torch.randn(2, 5, 3, 2, 8)
