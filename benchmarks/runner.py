@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from timo.ops import dispatch
 from timo.ops.checks import dtype_name
 
 from . import harness
@@ -33,6 +34,13 @@ class Problem:
     baseline: tuple[str, ...]  # what speed-ups refer to: the first of these that is right
     skipped: dict[str, str] = field(default_factory=dict)  # implementation: why it cannot run
     forward_only: dict[str, str] = field(default_factory=dict)  # implementation: why
+
+
+def able(op: dispatch.Op, request: dispatch.Request) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Backends of an op that can run a request, and why each other cannot."""
+    refusals = {name: backend.refusals(request) for name, backend in op.backends.items()}
+    skipped = {name: "; ".join(why) for name, why in refusals.items() if why}
+    return tuple(name for name in refusals if name not in skipped), skipped
 
 
 def run(

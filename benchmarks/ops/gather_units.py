@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timo import ops
 from timo.ops.gather_units import FORWARD
 
-from ..runner import Call, Problem
+from ..runner import Call, Problem, able
 
 LAYOUT = "B,T,C,H,W"
 # On GPUs several times what a cache holds.
@@ -31,15 +31,8 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
         )
         return (out,)
 
-    request = FORWARD.request(frames, dtype=dtype)
-    calls: dict[str, Call] = {}
-    backends, skipped = [], {}
-    for name, backend in FORWARD.backends.items():
-        if why := backend.refusals(request):
-            skipped[name] = "; ".join(why)
-            continue
-        backends.append(name)
-        calls[name] = partial(ours, name)
+    backends, skipped = able(FORWARD, FORWARD.request(frames, dtype=dtype))
+    calls: dict[str, Call] = {name: partial(ours, name) for name in backends}
     compiled = torch.compile(dense, dynamic=False)
     calls["dense"] = lambda: (dense(frames, visible, scale, offset, dtype),)
     calls["dense-compiled"] = lambda: (compiled(frames, visible, scale, offset, dtype),)
@@ -53,7 +46,7 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
     values = visible.numel() * C
     return Problem(
-        calls, tuple(backends), [], [], exact,
+        calls, backends, [], [], exact,
         flop={"forward": 0.0},
         traffic={"forward": values * (UNIT**2 + (sum(HALO) + UNIT) ** 2 * dtype.itemsize)},
         baseline=("dense", "reference"), skipped=skipped,

@@ -13,7 +13,7 @@ import torch
 from timo.ops import dispatch, gyroscope_attention
 
 from .. import harness
-from ..runner import Problem
+from ..runner import Problem, able
 from . import gyroscope_baselines as baselines
 
 module = sys.modules["timo.ops.gyroscope_attention"]
@@ -27,14 +27,11 @@ CPU_SHAPES = [(1, T, N, H, D) for T in (10, 3, 1) for _, N, H, D in STAGES[:2]]
 def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Problem:
     B, T, N, H, D = shape
     leaves, cotangent = inputs(shape, dtype, device)
-    request = dispatch.Request(device, dtype, T, D)
-    refusals = {name: b.refusals(request) for name, b in module.FORWARD.backends.items()}
-    backends = tuple(name for name, why in refusals.items() if not why)
+    backends, skipped = able(module.FORWARD, dispatch.Request(device, dtype, T, D))
     calls = {name: _one(partial(gyroscope_attention, backend=name), leaves) for name in backends}
     torch._dynamo.reset()  # code compiled for other shapes
     others = baselines.implementations(device.type)
     calls |= {name: _one(function, leaves) for name, function in others.items()}
-    skipped = {name: "; ".join(why) for name, why in refusals.items() if why}
     if device.type == "cpu":
         skipped["flex-compiled"] = "flex_attention gives no log-sum-exp on CPUs"
     there = harness.available_memory(device)

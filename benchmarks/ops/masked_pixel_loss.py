@@ -11,7 +11,7 @@ from timo import ops
 from timo.ops import dispatch
 from timo.ops.masked_pixel_loss import EPS, FORWARD
 
-from ..runner import Call, Problem
+from ..runner import Call, Problem, able
 from .gather_units import CPU_SHAPES, LAYOUT, SHAPES, UNIT, bands, units
 
 __all__ = ["CPU_SHAPES", "LAYOUT", "SHAPES", "problem"]
@@ -33,15 +33,8 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     def ours(backend):
         return (loss(pred, backend),)
 
-    request = dispatch.Request(device, dtype)
-    calls: dict[str, Call] = {}
-    backends, skipped = [], {}
-    for name, backend in FORWARD.backends.items():
-        if why := backend.refusals(request):
-            skipped[name] = "; ".join(why)
-            continue
-        backends.append(name)
-        calls[name] = partial(ours, name)
+    backends, skipped = able(FORWARD, dispatch.Request(device, dtype))
+    calls: dict[str, Call] = {name: partial(ours, name) for name in backends}
     inside = torch.ones(H, W, dtype=torch.bool, device=device)
     compiled = torch.compile(labels, dynamic=False)
     calls["labels"] = lambda: (labels(pred, frames, masked, scale, offset, inside),)
@@ -57,7 +50,7 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     traffic = {"forward": predictions + pixels, "backward": 2 * predictions + pixels}
     traffic["both"] = traffic["forward"] + traffic["backward"]
     return Problem(
-        calls, tuple(backends), [pred], [torch.ones((), dtype=wide, device=device)], exact,
+        calls, backends, [pred], [torch.ones((), dtype=wide, device=device)], exact,
         flop=dict.fromkeys(traffic, 0.0), traffic=traffic, baseline=("labels", "reference"),
         skipped=skipped,
     )  # fmt: skip

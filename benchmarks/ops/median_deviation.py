@@ -11,7 +11,7 @@ import torch
 from timo import ops
 from timo.ops.median_deviation import FORWARD
 
-from ..runner import Problem
+from ..runner import Problem, able
 
 LAYOUT = "B,T,N,H,D"
 # Queries of base stages 1 and 2 at 224 x 224.
@@ -29,9 +29,7 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     q, weight = draw(*shape).to(dtype).requires_grad_(), draw(D).requires_grad_()
     wide = torch.promote_types(dtype, torch.float32)
     cotangents = [draw(B, N, H, D).to(dtype), draw(B, T, N, H).to(wide)]
-    request = FORWARD.request(q, weight)
-    refusals = {name: b.refusals(request) for name, b in FORWARD.backends.items()}
-    backends = tuple(name for name, why in refusals.items() if not why)
+    backends, skipped = able(FORWARD, FORWARD.request(q, weight))
 
     def one_pass(backend):
         values, _, deviation = ops.median_deviation(q, weight, backend=backend)
@@ -57,5 +55,5 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
         flop=dict.fromkeys(("forward", "backward", "both"), 0.0),
         traffic={"forward": forward, "backward": backward, "both": forward + backward},
         baseline=("separate", "reference"),
-        skipped={name: "; ".join(why) for name, why in refusals.items() if why},
+        skipped=skipped,
     )  # fmt: skip

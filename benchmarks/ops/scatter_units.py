@@ -12,7 +12,7 @@ from timo import ops
 from timo.ops import dispatch
 from timo.ops.scatter_units import FORWARD
 
-from ..runner import Call, Problem
+from ..runner import Call, Problem, able
 
 LAYOUT = "B,T,N,D"
 # The base decoder at 224 x 224 and 512 x 512.
@@ -35,15 +35,8 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     def ours(backend):
         return (ops.scatter_units(tokens, visible, mask, position, backend=backend),)
 
-    request = dispatch.Request(device, dtype)
-    calls: dict[str, Call] = {}
-    backends, skipped = [], {}
-    for name, backend in FORWARD.backends.items():
-        if why := backend.refusals(request):
-            skipped[name] = "; ".join(why)
-            continue
-        backends.append(name)
-        calls[name] = partial(ours, name)
+    backends, skipped = able(FORWARD, dispatch.Request(device, dtype))
+    calls: dict[str, Call] = {name: partial(ours, name) for name in backends}
     compiled = torch.compile(restored, dynamic=False)
     calls["restored"] = lambda: (restored(tokens, visible, mask, position),)
     calls["restored-compiled"] = lambda: (compiled(tokens, visible, mask, position),)
@@ -57,7 +50,7 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     traffic = {"forward": seen + sequence / B + sequence, "backward": sequence + seen}
     traffic["both"] = traffic["forward"] + traffic["backward"]
     return Problem(
-        calls, tuple(backends), [tokens, mask], [cotangent], exact,
+        calls, backends, [tokens, mask], [cotangent], exact,
         flop=dict.fromkeys(traffic, 0.0), traffic=traffic, baseline=("restored", "reference"),
         skipped=skipped,
     )  # fmt: skip

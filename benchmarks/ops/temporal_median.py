@@ -11,7 +11,7 @@ import torch
 from timo import ops
 from timo.ops.temporal_median import FORWARD
 
-from ..runner import Call, Problem
+from ..runner import Call, Problem, able
 
 LAYOUT = "B,T,N,H,D"
 # Queries of base stages 1 and 2 at 224 x 224.
@@ -24,9 +24,7 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
     cotangent = torch.randn((B, N, H, D), generator=generator, device=device).to(dtype)
-    request = FORWARD.request(x)
-    refusals = {name: b.refusals(request) for name, b in FORWARD.backends.items()}
-    backends = tuple(name for name, why in refusals.items() if not why)
+    backends, skipped = able(FORWARD, FORWARD.request(x))
     calls: dict[str, Call] = {
         name: partial(ops.temporal_median, x, backend=name) for name in backends
     }
@@ -44,6 +42,6 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
         flop=dict.fromkeys(("forward", "backward", "both"), 0.0),
         traffic={"forward": moved, "backward": moved, "both": 2 * moved},
         baseline=("torch.median", "reference"),
-        skipped={name: "; ".join(why) for name, why in refusals.items() if why},
+        skipped=skipped,
         forward_only={"torch.median": "its gradient may go to any of several equal dates"},
     )  # fmt: skip
