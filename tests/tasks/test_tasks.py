@@ -104,9 +104,8 @@ def test_validation_loss_is_that_of_all_labels_at_once(weights):
 
     def validate(logits, *parts):
         for part in parts:
-            task.validation_step(
-                {"valid": None, "mask": mask[part], "logits": logits[part]}, 0
-            )  # fmt: skip
+            batch = {"valid": None, "mask": mask[part], "logits": logits[part]}
+            task.validation_step(batch, 0)
         task.on_validation_epoch_end()
         return logged["val/loss"]
 
@@ -264,6 +263,12 @@ def test_datasets_must_match():
         SeriesData(train, SimulatedSeries(4, bands=("B03", "B04"), output="DN"))
     with pytest.raises(ValueError, match="batch_size is 0"):
         SeriesData(train, batch_size=0)
+    empty = SeriesData(clouds=0.5)
+    for needs in (empty.normalisation, empty.train_dataloader, lambda: empty.set_epoch(1)):
+        with pytest.raises(ValueError, match="train is None; pass"):
+            needs()
+    with pytest.raises(ValueError, match="test is None; pass"):
+        empty.test_dataloader()
 
 
 def test_prediction_joins_windows_and_keeps_nodata(tmp_path):

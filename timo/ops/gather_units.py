@@ -251,13 +251,14 @@ def _request(frames, *inputs, dtype=None, **_) -> Request:
 
 
 NARROW = (torch.uint8, torch.uint16, *HALF_AND_SINGLE)
+UNPROVEN_CUDA = dispatch.BY_CUDA | {"proven": {}}  # neither kernel has a result of a GPU yet
 FORWARD = dispatch.register(
     "gather_units",
     _request,
     Backend(REFERENCE, reference, dispatch.ANY_DEVICE, RAW),
     Backend(CPP, compiled.forward, ("cpu",), NARROW),
     Backend(TRITON, _triton, dtypes=NARROW, **dispatch.BY_TRITON),
-    Backend(CUDA, compiled.forward, dtypes=NARROW, **dispatch.BY_CUDA | {"proven": {}}),
+    Backend(CUDA, compiled.forward, dtypes=NARROW, **UNPROVEN_CUDA),
 )
 BACKWARD = dispatch.register(
     "gather_units_backward",
@@ -265,7 +266,7 @@ BACKWARD = dispatch.register(
     Backend(REFERENCE, reference_backward, dispatch.ANY_DEVICE, FLOATS),
     Backend(CPP, compiled.backward, ("cpu",), HALF_AND_SINGLE),
     Backend(TRITON, _triton_backward, dtypes=HALF_AND_SINGLE, **dispatch.BY_TRITON),
-    Backend(CUDA, compiled.backward, dtypes=HALF_AND_SINGLE, **dispatch.BY_CUDA | {"proven": {}}),
+    Backend(CUDA, compiled.backward, dtypes=HALF_AND_SINGLE, **UNPROVEN_CUDA),
 )
 
 

@@ -108,9 +108,7 @@ class SeriesTask(LightningModule):
                 "trainer.sync_batchnorm is true, which puts norms without validity in place of "
                 "the model's; leave it false and set task.model_options.sync_batchnorm to true"
             )
-        train = self._data.train
-        assert train is not None
-        self.units = train.units
+        self.units = self._data.training.units
 
     def description(self) -> dict:
         """Arguments that build the task again, but for scale and offset, and its units.

@@ -110,10 +110,16 @@ class SeriesData(LightningDataModule):
                 }
         return record
 
+    @property
+    def training(self) -> TransformedSeries:
+        """`train` with its augmentation; ValueError where there is none."""
+        if self.train is None:
+            raise ValueError("train is None; pass the series to learn from: SeriesData(train=...)")
+        return self.train
+
     def normalisation(self) -> Normalisation:
         """Mean and deviation of `train`, and its raw units: what tasks need to read pixels."""
-        assert self.train is not None
-        dataset = self.train.dataset
+        dataset = self.training.dataset
         mean, deviation = dataset.statistics()
         deviation = torch.where(deviation > 0, deviation, 1.0)
         return Normalisation(
@@ -122,8 +128,7 @@ class SeriesData(LightningDataModule):
 
     def set_epoch(self, epoch: int) -> None:
         """Draw shuffling and augmentation anew; tasks call it when an epoch starts."""
-        assert self.train is not None
-        self.train.set_epoch(epoch)
+        self.training.set_epoch(epoch)
         self._sampler.set_epoch(epoch)
 
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
@@ -164,21 +169,21 @@ class SeriesData(LightningDataModule):
         return batch
 
     def train_dataloader(self) -> DataLoader:
-        assert self.train is not None
-        lengths = None
-        if hasattr(self.train.dataset, "lengths"):
-            lengths = [min(t, self._dates or t) for t in self.train.lengths()]
+        train, lengths = self.training, None
+        if hasattr(train.dataset, "lengths"):
+            lengths = [min(t, self._dates or t) for t in train.lengths()]
             lengths = lengths if len(set(lengths)) > 1 else None
-        self._sampler = SeededShuffle(len(self.train), self.seed, lengths, self.batch_size)
+        self._sampler = SeededShuffle(len(train), self.seed, lengths, self.batch_size)
         # A last batch of another size would disturb batch statistics; keep it if it is the only.
-        full = len(self.train) >= self.batch_size
-        return self._loader(self.train, sampler=self._sampler, drop_last=full)
+        full = len(train) >= self.batch_size
+        return self._loader(train, sampler=self._sampler, drop_last=full)
 
     def val_dataloader(self) -> DataLoader | list:
         return [] if self.val is None else self._loader(self.val)
 
     def test_dataloader(self) -> DataLoader:
-        assert self.test is not None
+        if self.test is None:
+            raise ValueError("test is None; pass the series to measure on: SeriesData(test=...)")
         test = EachPixelOnce(self.test) if isinstance(self.test, WindowedSeries) else self.test
         return self._loader(test)
 

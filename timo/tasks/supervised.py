@@ -17,7 +17,7 @@ from timo.data import IGNORE_INDEX, DataError, physical
 from timo.tasks.base import SeriesTask, read_description
 from timo.tasks.runs import TASK
 
-STEM = "stage1.embed.conv"  # the layer that reads the bands
+_STEM = "stage1.embed.conv"  # the layer that reads the bands
 _UNNAMED = re.compile(r"band\d+")  # what a band is called where files do not say
 
 
@@ -91,7 +91,10 @@ class SupervisedTask(SeriesTask, ABC):
         )  # fmt: skip
         self.pretrained_report = None
         if fresh and not pretrained:
-            raise ValueError(f"fresh is {fresh} without pretrained weights: everything is new")
+            raise ValueError(
+                f"fresh is {fresh} without pretrained weights, so that everything is new; leave it "
+                "out, or state pretrained"
+            )
         if pretrained:
             if not any(map(_holds_stem, fresh or ())):
                 _same_bands(Path(pretrained), self.bands)
@@ -145,7 +148,12 @@ class SupervisedTask(SeriesTask, ABC):
         return self.model(frames, batch["dates"], batch["valid"])
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of what is labelled, 0 where nothing is."""
+        """Mean cross-entropy of what is labelled, a scalar; 0 where nothing is.
+
+        Args:
+            logits: as from `forward`, any floating dtype; the loss is float32.
+            labels: as from `labels_of`, int64, 255 where there is none.
+        """
         total, weight = self._total_loss(logits, labels)
         return total / weight.clamp_min(torch.finfo(weight.dtype).tiny)
 
@@ -224,7 +232,7 @@ def weighted_scores(options: dict[str, Any]) -> dict[str, Metric]:
 
 def _holds_stem(part: str) -> bool:
     """Whether a part of the model, by its name in the model or the encoder, reads the bands."""
-    return any(f"{name}.".startswith(f"{part}.") for name in (STEM, f"encoder.{STEM}"))
+    return any(f"{name}.".startswith(f"{part}.") for name in (_STEM, f"encoder.{_STEM}"))
 
 
 def _same_bands(pretrained: Path, bands: tuple[str, ...]) -> None:
@@ -238,6 +246,6 @@ def _same_bands(pretrained: Path, bands: tuple[str, ...]) -> None:
     if len(held) != len(bands) or any(a != b for a, b in known):
         raise DataError(
             f"task.pretrained: {pretrained} reads the bands {held}, the data has {bands}; select= "
-            f"the same bands in the same order, or let task.fresh hold {STEM}, which reads them. "
+            f"the same bands in the same order, or let task.fresh hold {_STEM}, which reads them. "
             f"To keep even that, copy the file to a folder without {TASK}"
         )
