@@ -334,6 +334,9 @@ def test_bad_paths_are_named(tmp_path):
         timo.save_checkpoint(model, tmp_path / "a.pth", "onnx")
     with pytest.raises(ValueError, match="no published name"):
         timo.save_checkpoint(build(layer_scale=1.0), tmp_path / "a.pth", "published")
+    linear = build("segmentation", num_classes=2, head="linear")
+    with pytest.raises(ValueError, match="linear segmentation head.*native"):
+        timo.save_checkpoint(linear, tmp_path / "a.pth", "published")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="list.pth holds a list"):
         timo.load_checkpoint(model, tmp_path / "list.pth")

@@ -73,6 +73,7 @@ def test_masked_autoencoder(statistics):
         ("segmentation", {}, False),
         ("segmentation", {"per_frame": True}, True),
         ("segmentation", {"temporal_pool": "encoder"}, True),
+        ("segmentation", {"head": "linear"}, True),
     ],
 )
 def test_exported_models_take_any_batch_and_dates(task, options, clouded):

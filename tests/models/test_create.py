@@ -107,6 +107,7 @@ def test_config_rebuilds_the_model():
         (dict(task="mae", pixel_norm="frame"), ["pixel_norm", "frame", "patch"]),
         (dict(task="mae", stem_statistics="some"), ["stem_statistics", "visible", "all"]),
         (dict(task="mae", decoder_embed_dim=36), ["decoder_embed_dim is 36"]),
+        (dict(task="segmentation", num_classes=2, head="fcn"), ["head is 'fcn'", "linear"]),
         (dict(task="mae", decoder_num_heads=7), ["decoder_num_heads is 7", "512"]),
         (
             dict(task="segmentation", num_classes=2, per_frame=True, temporal_pool="encoder"),

@@ -60,6 +60,26 @@ def test_equals_a_plain_head(H, W, pool, training):
     assert_same(got, expected)
 
 
+@pytest.mark.parametrize("pool", ["decoder", "encoder", "per_frame"])
+def test_the_linear_head_weighs_the_pyramid(pool):
+    options = dict(per_frame=True) if pool == "per_frame" else dict(temporal_pool=pool)
+    model = model_of(head="linear", **options)
+    assert {n for n, _ in model.named_children()} == {"encoder", "dropout", "classifier"}
+    frames = series()
+    finest = (16, 8)
+    maps = [
+        F.interpolate(x.flatten(0, 1), finest, mode="bilinear", align_corners=False)
+        for x in (x.max(1, keepdim=True).values if pool == "encoder" else x
+                  for x in model.encoder(frames))
+    ]  # fmt: skip
+    x = F.interpolate(torch.cat(maps, 1), (64, 32), mode="bilinear", align_corners=False)
+    if pool == "decoder":
+        x = x.unflatten(0, (2, 3)).max(1).values
+    weight = model.classifier.weight[:, :, 0, 0]
+    expected = torch.einsum("kc,mchw->mkhw", weight, x) + model.classifier.bias[:, None, None]
+    assert_same(model(frames), expected.unflatten(0, (2, 3)) if pool == "per_frame" else expected)
+
+
 def test_pyramid_pooling_is_over_valid_positions():
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
     valid = torch.rand(2, 4, 6) > 0.5

@@ -26,7 +26,7 @@ PARTS = {
 # Options of `create_model` that decide which weights a model has.
 SHAPING = (
     "in_chans", "embed_dims", "num_heads", "depths", "layer_scale", "attention",
-    "decoder_embed_dim", "decoder_num_heads", "decoder_depth",
+    "decoder_embed_dim", "decoder_num_heads", "decoder_depth", "head",
 )  # fmt: skip
 
 
@@ -239,8 +239,8 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, format: str = "na
             "published" for the authors' layout, {"model": state} with their names.
 
     Raises:
-        ValueError: unknown format, a native name without .safetensors, or layer scale, which
-            published checkpoints do not know.
+        ValueError: unknown format, a native name without .safetensors, or layer scale or a linear
+            segmentation head, which published checkpoints do not know.
     """
     path, model = Path(path), _unwrapped(model)
     if format not in ("native", "published"):
@@ -257,6 +257,11 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, format: str = "na
         if scales := [k for k in state if k.endswith((".scale1", ".scale2"))]:
             raise ValueError(
                 f"{scales[0]} has no published name, for published models have no layer scale; "
+                'save with format="native"'
+            )
+        if "classifier.weight" in state and "upernet.fuse.conv.weight" not in state:
+            raise ValueError(
+                "the model has a linear segmentation head, for which there are no published names; "
                 'save with format="native"'
             )
         prefix = "encoder." if any(_part(k) == "segmentation head" for k in state) else ""

@@ -41,7 +41,8 @@ OPTIONS = {
         stem_statistics="visible",
     ),
     "classification": _ENCODER | dict(drop_path_rate=0.1, per_frame=False),
-    "segmentation": _ENCODER | dict(drop_path_rate=0.2, temporal_pool="decoder", per_frame=False),
+    "segmentation": _ENCODER
+    | dict(drop_path_rate=0.2, temporal_pool="decoder", per_frame=False, head="upernet"),
 }
 
 CHOICES = dict(
@@ -49,6 +50,7 @@ CHOICES = dict(
     pixel_norm=("none", "patch", "batch"),
     stem_statistics=("visible", "all"),
     temporal_pool=("decoder", "encoder"),
+    head=("upernet", "linear"),
     per_frame=(False, True),
     checkpoint_blocks=(False, True),
     sync_batchnorm=(False, True),

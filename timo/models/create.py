@@ -56,7 +56,7 @@ def create_model(
             "mae" attention ("gyroscope" or "joint" for each stage); "mae" decoder_embed_dim,
             decoder_num_heads, decoder_depth, pixel_norm ("none", "patch", "batch"),
             stem_statistics ("visible", "all"); "classification" and "segmentation" per_frame;
-            "segmentation" temporal_pool ("decoder", "encoder").
+            "segmentation" temporal_pool ("decoder", "encoder") and head ("upernet", "linear").
 
     Returns:
         `Encoder`, `MaskedAutoencoder`, `Classifier` or `Segmenter`, with the arguments that would
