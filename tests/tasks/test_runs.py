@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tasks.test_tasks import SMALL, segmentation
-from timo import load_checkpoint
+from timo import create_model, load_checkpoint, save_checkpoint
 from timo.data import DataError, SimulatedSeries
 from timo.tasks import SegmentationTask, SeriesData, load_task
 from timo.tasks.runs import fit
@@ -131,6 +131,40 @@ def test_the_best_weights_are_kept_for_use(tmp_path):
     (tmp_path / "best.safetensors").unlink()
     with pytest.raises(DataError, match="best.safetensors: does not exist.* --best"):
         load_task(tmp_path, Scenes(), best=True)
+
+
+@pytest.mark.parametrize("head", ["linear", "upernet"])
+def test_frozen_weights_stay_as_they_are(tmp_path, head):
+    options = SMALL | {"head": head, "drop_path_rate": 0.5}
+    torch.manual_seed(1)
+    weights, before = tmp_path / "mae.safetensors", create_model("timo_tiny", "mae", 2, **SMALL)
+    save_checkpoint(before, weights)
+    probe = task(model_options=options, pretrained=str(weights), freeze=True)
+    start = {name: x.clone() for name, x in probe.model.state_dict().items()}
+    given = set(probe.pretrained_report.mapped.values())
+    fit(probe, data(watched=True), tmp_path / "run", max_epochs=2, **QUIET)
+    for name, x in probe.model.state_dict().items():
+        assert torch.equal(x, start[name]) == (name in given), name
+    assert given < set(start) and "encoder.stage1.embed.bn.running_mean" in given
+    assert {name for name in start if "encoder" in name} - given == {
+        name for name in start if ".gate" in name
+    }  # fmt: skip
+    probe.train()
+    for name, module in probe.model.named_modules():
+        kept = any(f"{name}.{own}" in given for own in module.state_dict() if "." not in own)
+        assert module.training != (kept or name.endswith("drop_path")), name
+
+
+def test_freezing_needs_something_to_keep_and_something_to_train(tmp_path):
+    save_checkpoint(task().model, tmp_path / "model.safetensors")
+    weights = str(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="freeze is true without pretrained"):
+        task(freeze=True)
+    with pytest.raises(ValueError, match="nothing is left to train.*fresh"):
+        task(pretrained=weights, freeze=True)
+    probe = task(pretrained=weights, freeze=True, fresh=["classifier"])
+    trained = [name for name, x in probe.model.named_parameters() if x.requires_grad]
+    assert trained == ["classifier.weight", "classifier.bias"]
 
 
 def test_a_run_without_an_end_has_a_constant_rate(tmp_path):

@@ -4,7 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassF1Score, MulticlassPrecision, 
 
 from timo import create_model, load_checkpoint
 from timo.data import IGNORE_INDEX, DataError, physical
+from timo.layers.block import DropPath
 from timo.tasks.base import SeriesTask, read_description
 from timo.tasks.runs import TASK
 
@@ -37,6 +38,9 @@ class SupervisedTask(SeriesTask, ABC):
             same, or published weights.
         fresh: what stays new all the same, see `load_checkpoint`: "stage1.embed.conv" for other
             bands, "classifier" or "head" for other classes.
+        freeze: whether what `pretrained` gave stays as it is, norms with their statistics and
+            without stochastic depth, so that only what is new is trained: a probe of the weights.
+            Gates of gyroscope attention, which pretraining does not know, are new.
         class_weights: weights of the classes in the cross-entropy; equal if None.
         scores: "mean", or "weighted" for precision, recall and F1 weighted by the labels of each
             class besides, as the protocol of MTLCC has them.
@@ -60,6 +64,7 @@ class SupervisedTask(SeriesTask, ABC):
         model_options: dict[str, Any] | None = None,
         pretrained: str | None = None,
         fresh: list[str] | None = None,
+        freeze: bool = False,
         class_weights: list[float] | None = None,
         scores: str = "mean",
         learning_rate: float | None = None,
@@ -89,16 +94,30 @@ class SupervisedTask(SeriesTask, ABC):
             model, task=self.kind, in_chans=len(self.bands), num_classes=len(self.classes),
             per_frame=per_frame, **self.model_options,
         )  # fmt: skip
-        self.pretrained_report = None
+        self.pretrained_report, self._kept = None, set[str]()
         if fresh and not pretrained:
             raise ValueError(
                 f"fresh is {fresh} without pretrained weights, so that everything is new; leave it "
                 "out, or state pretrained"
             )
+        if freeze and not pretrained:
+            raise ValueError(
+                "freeze is true without pretrained weights, so that there is nothing to keep; "
+                "leave it out, or state pretrained"
+            )
         if pretrained:
             if not any(map(_holds_stem, fresh or ())):
                 _same_bands(Path(pretrained), self.bands)
             self.pretrained_report = load_checkpoint(self.model, pretrained, fresh or ())
+            if freeze:
+                self._kept = {*self.pretrained_report.mapped.values()}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name not in self._kept)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                f"freeze is true, and {pretrained} holds every weight, so that nothing is left to "
+                'train; name what is to be new in fresh, as "classifier" or "head"'
+            )
         weights = None
         if class_weights is not None:
             weights = torch.tensor(class_weights, dtype=torch.float32)
@@ -108,6 +127,16 @@ class SupervisedTask(SeriesTask, ABC):
         self.val_weight = SumMetric(nan_strategy="disable")
         self.val_metrics = self.metrics().clone("val/")
         self.test_metrics = self.metrics().clone("test/")
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but what `freeze` keeps stays in evaluation mode."""
+        super().train(mode)
+        for prefix, module in self.model.named_modules() if self._kept else ():
+            held = (*module._parameters, *module._buffers)
+            if isinstance(module, DropPath) or any(f"{prefix}.{n}" in self._kept for n in held):
+                module.training = False
+        return self
 
     @abstractmethod
     def metrics(self) -> MetricCollection:
