@@ -81,6 +81,16 @@ def test_the_whole_road(series, tmp_path, capsys):
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert {"test/iou/land", "test/f1/water", "test/mean_iou", "test/accuracy"} <= set(scores)
 
+    for name, encoder in (("c", "a"), ("d", "b")):
+        assert run("embed", "--run", tmp_path / encoder, *data, "--data.tile", 64, "--per_frame",
+                   "true", "--out", tmp_path / name) == 0  # fmt: skip
+        assert {path.name for path in (tmp_path / name).iterdir()} == {
+            "config.yaml", "environment.json", "embeddings.npz", "embeddings.png",
+        }  # fmt: skip
+        with np.load(tmp_path / name / "embeddings.npz") as table:
+            assert table["embedding"].shape == (6, 16) and np.isfinite(table["embedding"]).all()
+            assert table["window"].tolist() == [[0, 0]] * 3 + [[0, 16]] * 3
+
     assert run("predict", "--run", tmp_path / "b", *data, "--tile", 48, "--overlap", 16,
                "--out", tmp_path / "maps", "--change", "true",
                "--probabilities", "true") == 0  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,3 +165,21 @@ def test_the_commands_choose_classification(tmp_path, capsys):
     assert run("evaluate", "--run", out, *data("data", "test"), "--accelerator", "cpu",
                "--out", scores) == 0, capsys.readouterr().err  # fmt: skip
     assert {"test/accuracy", "test/f1/flood", "test/mean_f1"} <= set(json.loads(scores.read_text()))
+    cpu = ("--accelerator", "cpu", "--out", tmp_path / "listed")
+    assert run("predict", "--run", out, *data("data", "test"), *cpu) == 0
+    rows = (tmp_path / "listed" / "predictions.csv").read_text().splitlines()
+    test = Sen12Flood(tmp_path / "data", split="test", select=["B04", "B08"])
+    assert rows[0] == f"name,row,column,start,end,class,{','.join(test.classes)}"
+    assert len(rows) == 1 + sum(len(test[i]["dates"]) for i in range(len(test)))
+    assert run("embed", "--run", out, *data("data", "test"), "--per_frame", "true", *cpu) == 0
+    with np.load(tmp_path / "listed" / "embeddings.npz") as table:
+        labels = torch.cat([test[i]["label"] for i in range(len(test))])
+        assert table["label"].tolist() == labels.tolist()
+    capsys.readouterr()
+    for wrong, words in (
+        (("predict", "--change", "true"), "change is true, which is of maps"),
+        (("predict", "--accelerator", "tpu"), "accelerator is 'tpu'; it must be cpu, gpu or auto"),
+        (("embed", "--run", tmp_path), f"{tmp_path / 'model.safetensors'}: does not exist"),
+    ):  # fmt: skip
+        assert run(wrong[0], "--run", out, *data("data", "test"), *cpu, *wrong[1:]) == 2
+        assert words in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`timo evaluate` and `timo predict`."""
+"""`timo evaluate`, `timo predict` and `timo embed`."""
 
 import json
 import math
@@ -6,15 +6,28 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 
 from timo.cli.parsing import series_parser
 from timo.data import SeriesDataset
+from timo.data.contract import atomic_output
 from timo.data.series import WindowedSeries
-from timo.tasks import SeriesData, load_segmenter, load_task, predict_series
-from timo.tasks.runs import write_json
+from timo.tasks import (
+    ClassificationTask,
+    SeriesData,
+    embed_series,
+    load_run,
+    load_segmenter,
+    load_task,
+    predict_classes,
+    predict_series,
+)
+from timo.tasks.base import read_description
+from timo.tasks.runs import TASK, environment, write_json, write_text
+from timo.tasks.tables import picture
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -26,8 +39,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     parser = series_parser("timo evaluate", evaluate.__doc__)
     _add_run(parser)
     parser.add_argument("--data", type=SeriesDataset, required=True, help="labelled series")
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
+    _add_batches(parser)
     parser.add_argument("--out", type=str, default=None, help="JSON file of the figures")
     options = parser.parse_args(arguments)
     dataset = parser.instantiate(options).data
@@ -45,22 +57,27 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 
 def predict(arguments: Sequence[str]) -> int:
-    """Map every series of a data set to GeoTIFF: labels, optionally changes and probabilities."""
+    """Map every series of a data set to GeoTIFF: labels, optionally changes and probabilities.
+
+    A classification run lists the class of every series, or date, in predictions.csv instead.
+    """
     parser = series_parser("timo predict", predict.__doc__)
     _add_run(parser)
     parser.add_argument(
-        "--data", type=SeriesDataset, required=True, help="series, not cut into tiles"
+        "--data", type=SeriesDataset, required=True, help="for maps: series, not cut into tiles"
     )
-    parser.add_argument("--tile", type=int, default=224, help="window size in pixels")
-    parser.add_argument("--overlap", type=int, default=32, help="pixels shared by neighbours")
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
-    parser.add_argument("--out", type=str, required=True, help="folder of <series>.tif")
+    parser.add_argument("--tile", type=int, default=224, help="of maps: window size in pixels")
+    parser.add_argument("--overlap", type=int, default=32, help="of maps: pixels windows share")
+    _add_batches(parser)
+    parser.add_argument("--out", type=str, required=True, help="folder of <series>.tif, or the CSV")
     parser.add_argument("--change", type=bool, default=False, help="also <series>_change.tif")
     parser.add_argument(
         "--probabilities", type=bool, default=False, help="also <series>_probabilities.tif"
     )
     options = parser.parse_args(arguments)
+    if (Path(options.run) / TASK).is_file():
+        if read_description(Path(options.run) / TASK).get("kind") == ClassificationTask.kind:
+            return _list_classes(parser, options)
     tile, overlap = options.tile, options.overlap
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap is {overlap}; it must be from 0 to less than tile, {tile}")
@@ -78,11 +95,7 @@ def predict(arguments: Sequence[str]) -> int:
             )
     given.tile, given.stride = tile, tile - overlap
     dataset = parser.instantiate(options).data
-    task = load_segmenter(options.run, dataset, options.best)
-    gpu = options.accelerator in ("auto", "gpu") and torch.cuda.is_available()
-    if options.accelerator == "gpu" and not gpu:
-        raise ValueError("accelerator is gpu, but torch sees none; use cpu or auto")
-    task.to("cuda" if gpu else "cpu")
+    task = load_segmenter(options.run, dataset, options.best).to(_device(options.accelerator))
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     for number, series in enumerate(dataset.series):
@@ -100,8 +113,70 @@ def predict(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _add_run(parser: ArgumentParser) -> None:
-    parser.add_argument("--run", type=str, required=True, help="folder of `timo finetune`")
+def _list_classes(parser: ArgumentParser, options: Namespace) -> int:
+    for name in ("change", "probabilities"):
+        if options[name]:
+            raise ValueError(
+                f"{name} is true, which is of maps; a classification run lists classes with their "
+                "probabilities, leave it out"
+            )
+    dataset = parser.instantiate(options).data
+    task = load_task(options.run, dataset, options.best).to(_device(options.accelerator))
+    assert isinstance(task, ClassificationTask)  # as task.json says
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    predict_classes(task, dataset, out / "predictions.csv", options.batch_size)
+    print(out / "predictions.csv")
+    return 0
+
+
+def embed(arguments: Sequence[str]) -> int:
+    """Write a vector for every series, window or date, of a pretrained or fine-tuned encoder.
+
+    embeddings.npz holds them beside names, dates, windows and labels; embeddings.png shows their
+    principal components.
+    """
+    parser = series_parser("timo embed", embed.__doc__)
+    _add_run(parser, "folder of `timo pretrain` or `timo finetune`")
+    parser.add_argument("--data", type=SeriesDataset, required=True, help="series or windows")
+    parser.add_argument(
+        "--per_frame", type=bool, default=False, help="a vector for every date, not for the series"
+    )
+    _add_batches(parser)
+    parser.add_argument("--out", type=str, required=True, help="folder of the results")
+    options = parser.parse_args(arguments)
+    dataset = parser.instantiate(options).data
+    task = load_run(options.run, dataset, options.best).to(_device(options.accelerator))
+    table = embed_series(task, dataset, options.per_frame, options.batch_size)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "config.yaml", parser.dump(options, skip_unset=True))
+    write_json(out / "environment.json", environment())
+    with atomic_output(out / "embeddings.npz") as partial:
+        np.savez(partial, **table)  # type: ignore[arg-type]
+    picture(table, out / "embeddings.png")
+    rows, channels = table["embedding"].shape
+    print(f"{rows} embeddings of {channels} channels are in {out / 'embeddings.npz'}")
+    return 0
+
+
+def _device(accelerator: str) -> torch.device:
+    """Where `accelerator` says that tasks run; ValueError where there is none such."""
+    if accelerator not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"accelerator is {accelerator!r}; it must be cpu, gpu or auto")
+    gpu = accelerator != "cpu" and torch.cuda.is_available()
+    if accelerator == "gpu" and not gpu:
+        raise ValueError("accelerator is gpu, but torch sees none; use cpu or auto")
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def _add_batches(parser: ArgumentParser) -> None:
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
+
+
+def _add_run(parser: ArgumentParser, help: str = "folder of `timo finetune`") -> None:
+    parser.add_argument("--run", type=str, required=True, help=help)
     parser.add_argument(
         "--best", type=bool, default=False,
         help="weights of the least validation loss, not those of the last epoch",

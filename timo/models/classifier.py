@@ -36,10 +36,24 @@ class Classifier(nn.Module):
         encoder = self.encoder
         check_series(frames, dates, valid, encoder.stem.conv.weight, encoder.temporal_position)
         maps, valids = encoder.features(frames, dates, valid)
-        x, usable = maps[-1].flatten(3), valids[-1]  # [B, T, D, h·w]
-        dims = (3,) if self.per_frame else (1, 3)
-        if usable is None:
-            return self.head(x.mean(dims))
-        usable = (usable if usable.ndim == 4 else usable[:, :, None, None]).flatten(2)
-        count = usable.expand(*x.shape[:2], x.shape[3]).sum([d - (d == 3) for d in dims])
-        return self.head(x.sum(dims) / count.clamp_min(1).unsqueeze(-1))  # invalid tokens are 0
+        return self.head(mean_of_valid(maps[-1], valids[-1], self.per_frame))
+
+
+def mean_of_valid(x: Tensor, valid: Tensor | None, per_frame: bool) -> Tensor:
+    """Mean of a feature map over the valid tokens of a series, or of each frame; 0 without any.
+
+    Args:
+        x: (B, T, D, h, w), 0 at invalid tokens.
+        valid: None, (B, T) or (B, T, h, w) bool.
+        per_frame: a mean for every frame.
+
+    Returns:
+        (B, D), or (B, T, D) per frame.
+    """
+    x = x.flatten(3)  # [B, T, D, h·w]
+    dims = (3,) if per_frame else (1, 3)
+    if valid is None:
+        return x.mean(dims)
+    valid = (valid if valid.ndim == 4 else valid[:, :, None, None]).flatten(2)
+    count = valid.expand(*x.shape[:2], x.shape[3]).sum([d - (d == 3) for d in dims])
+    return x.sum(dims) / count.clamp_min(1).unsqueeze(-1)

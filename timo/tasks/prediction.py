@@ -14,24 +14,32 @@ from timo import load_checkpoint
 from timo.data import IGNORE_INDEX, DataError, GeoTiffWriter, blend, collate_series
 from timo.data.contract import SeriesDataset
 from timo.data.series import WindowedSeries
-from timo.tasks.base import read_description
+from timo.tasks.base import SeriesTask, read_description
 from timo.tasks.classification import ClassificationTask
 from timo.tasks.data import compact_valid
+from timo.tasks.pretraining import PretrainingTask
 from timo.tasks.runs import BEST, MODEL, TASK
 from timo.tasks.segmentation import SegmentationTask
 from timo.tasks.supervised import SupervisedTask
 
+# By what task.json says of them.
+KINDS: dict[str | None, type] = {
+    None: PretrainingTask,
+    **{task.kind: task for task in (SegmentationTask, ClassificationTask)},
+}
 
-def load_task(run: str | Path, dataset: SeriesDataset, best: bool = False) -> SupervisedTask:
+
+def load_run(run: str | Path, dataset: SeriesDataset, best: bool = False) -> SeriesTask:
     """The task that a run left, in evaluation mode, set to read `dataset`'s raw units.
 
     Args:
-        run: folder with model.safetensors and task.json, as `timo finetune` leaves it.
+        run: folder with model.safetensors and task.json, as `timo pretrain` and `timo finetune`
+            leave it.
         dataset: what it will read; must have the bands and units that it was trained on.
         best: take best.safetensors, the weights of the least validation loss, not the last ones.
 
     Raises:
-        DataError: the folder holds no finished run of `timo finetune`, or bands or units differ.
+        DataError: the folder holds no finished run, or bands or units differ.
     """
     run = Path(run)
     for name in (MODEL, TASK):
@@ -40,16 +48,21 @@ def load_task(run: str | Path, dataset: SeriesDataset, best: bool = False) -> Su
     if best and not (run / BEST).is_file():
         raise DataError(f"{run / BEST}: does not exist, for no data.val was watched; omit --best")
     described = read_description(run / TASK)
-    if "classes" not in described:
-        raise DataError(f"{run / TASK}: is of a pretraining run; fine-tune it with labels")
-    tasks = {task.kind: task for task in (SegmentationTask, ClassificationTask)}
-    kind = tasks[described.pop("kind")]
+    kind = KINDS[described.pop("kind", None)]
     units = described.pop("units", None)
     task = kind(scale=dataset.scale, offset=dataset.offset, **described)
     task.units = units
     task.read_from(dataset)
     load_checkpoint(task.model, run / (BEST if best else MODEL))
     return task.eval()
+
+
+def load_task(run: str | Path, dataset: SeriesDataset, best: bool = False) -> SupervisedTask:
+    """As `load_run`; DataError where the run is of pretraining, which knows no classes."""
+    task = load_run(run, dataset, best)
+    if not isinstance(task, SupervisedTask):
+        raise DataError(f"{Path(run) / TASK}: is of a pretraining run; fine-tune it with labels")
+    return task
 
 
 def load_segmenter(run: str | Path, dataset: SeriesDataset, best: bool = False) -> SegmentationTask:

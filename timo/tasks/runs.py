@@ -131,8 +131,8 @@ def _check_resumable(task: SeriesTask, out: Path) -> None:
         )
 
 
-def environment(seed: int) -> dict:
-    """Versions, device, command and seed."""
+def environment(seed: int | None = None) -> dict:
+    """Versions, device, command and, where anything is drawn, its seed."""
     packages: dict[str, str | None] = {}
     for name in ("timo", "torch", "lightning", "torchmetrics", "triton", "numpy", "rasterio"):
         try:
