@@ -23,7 +23,8 @@ class NumpySeries(WindowedSeries):
     or `.txt`, and `valid.npy` and `mask.npy` where they exist. Frames come out in ascending order
     of date whatever their order on disk, and validity and masks with them.
 
-    `config.json` in the folder, as `timo data simulate` writes it, states bands, units, scale and
+    `labels.csv` in the folder gives classes of series or of dates (`timo.data.labels`).
+    `config.json` there, as `timo data simulate` writes it, states bands, units, scale and
     offset where the arguments do not, and `classes`, the names of the labels in their order (empty
     without such a file, or with `labels`).
 
@@ -101,6 +102,7 @@ class NumpySeries(WindowedSeries):
         if offset is None:
             offset = stated["offset"][self._positions].tolist() if stated else 0.0
         super().__init__(
+            None if path.suffix == ".npy" else path,
             [source.series() for source in self._sources],
             tile, stride, region, min_valid, labels, ignore_label, cache,
             bands=[held[i] for i in self._positions],

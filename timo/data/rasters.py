@@ -25,7 +25,8 @@ class RasterSeries(WindowedSeries):
     (forms of the date: `timo.data.dates`), and optionally
     `mask.tif` (labels of the whole series), `<date>_mask.tif` (labels of one date; dates without
     one are 255 everywhere) and `<date>_valid.tif` (0 = not usable); an image `<name>.tif` may also
-    have `<name>_mask.tif` and `<name>_valid.tif`.
+    have `<name>_mask.tif` and `<name>_valid.tif`. `<root>/labels.csv` gives classes of series or of
+    dates (`timo.data.labels`).
 
     A pixel is valid where no selected band is nodata, masked inside the file, NaN or infinite,
     and the validity file is neither 0 nor its own nodata. Values that are nodata, NaN or infinite
@@ -76,6 +77,7 @@ class RasterSeries(WindowedSeries):
         held = _band_names(bands, first, first_path)
         self._positions = select_bands(held, select)
         super().__init__(
+            root,
             [
                 Series(
                     Path(os.path.abspath(folder)).name, to_days(files.dates),

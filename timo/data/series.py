@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from timo.data.contract import IGNORE_INDEX, DataError, SeriesDataset, physical
+from timo.data.labels import LABELS, read_labels
 from timo.data.windows import grid_windows, pair, pixel_box
 
 # labels(image (T, C, H, W) physical float32, valid (T, H, W), bands) -> mask int64
@@ -33,6 +34,8 @@ class WindowedSeries(SeriesDataset):
     """Dataset of windows cut from series; subclasses read pixels in `_read`.
 
     Args:
+        root: folder whose labels.csv, if there, labels series or dates (see
+            `timo.data.labels.read_labels`), every window of a series alike; None for no folder.
         series: the series, in their order.
         tile: window size in pixels, int or (rows, cols); None for each series whole.
         stride: distance of windows, `tile` if None. Edge windows are shifted inward; where the
@@ -50,6 +53,7 @@ class WindowedSeries(SeriesDataset):
 
     def __init__(
         self,
+        root: Path | None,
         series: Sequence[Series],
         tile: int | tuple[int, int] | None,
         stride: int | tuple[int, int] | None,
@@ -67,6 +71,9 @@ class WindowedSeries(SeriesDataset):
             raise ValueError("stride: needs tile")
         self.series = tuple(series)
         self.labels, self.ignore_label = labels, ignore_label
+        self._listed: dict[str, Tensor] = {}
+        if root is not None and (root / LABELS).is_file():
+            self._listed = read_labels(root / LABELS, {s.name: s.dates.tolist() for s in series})
         self._cache: dict[int, tuple] | None = {} if cache else None
         self._cut = tile is not None or region is not None
         self._windows = []  # (series, row, col, rows, cols, rows with data, cols with data)
@@ -111,6 +118,8 @@ class WindowedSeries(SeriesDataset):
             sample["mask"] = self._checked(self.labels(values, sample["valid"], self.bands), valid)
         elif mask is not None:
             sample["mask"] = torch.from_numpy(mask)
+        if one.name in self._listed:
+            sample["label"] = self._listed[one.name].clone()
         if self._cut:
             sample["window"] = (row, col)
         return sample
