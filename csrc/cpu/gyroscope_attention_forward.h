@@ -14,6 +14,7 @@ void finish(const GyroscopeArgs& a, int64_t b, int64_t h, List queries, int64_t 
             int64_t tile, int64_t tile_dates, const ForwardScratch& w, const float* S,
             const float* reference, const float* mass, int64_t date_step, F logs) {
   const int64_t D = a.D, T = dates.count, count = std::min<int64_t>(lanes, queries.count - first);
+  const bool others = T > 1;  // a date alone has no temporal part
   const float scale = energy_scale(a);
   const Index* position = queries.at + first;
   auto load = [&](const Strided& x, int64_t t, float* to) {
@@ -25,17 +26,17 @@ void finish(const GyroscopeArgs& a, int64_t b, int64_t h, List queries, int64_t 
   for (int64_t s = 0; s < T; ++s) {  // keys and values of all dates, 0 where not usable
     for (int i = 0; i < lanes; ++i)
       w.live[s * lanes + i] = i < count && usable(a, b, dates.at[s], position[i]);
-    load(a.k, s, w.k + s * D * lanes), load(a.v, s, w.v + s * D * lanes);
+    if (others) load(a.k, s, w.k + s * D * lanes), load(a.v, s, w.v + s * D * lanes);
   }
   alignas(64) float text[lanes];
   for (int64_t j0 = 0; j0 < tile_dates; j0 += date_block) {
     const int64_t some = std::min(date_block, tile_dates - j0);
-    for (int64_t j = 0; j < some; ++j) {
+    for (int64_t j = 0; others && j < some; ++j) {
       float* q = w.q + j * D * lanes;
       load(a.q, tile + j0 + j, q);
       for (int64_t d = 0; d < D; ++d) Tier::store(q + d * lanes, Tier::load(q + d * lanes) * scale);
     }
-    dots(w.q, some, w.k, T, D, w.weight, T * lanes);
+    if (others) dots(w.q, some, w.k, T, D, w.weight, T * lanes);
     for (int64_t j = 0; j < some; ++j) {
       const int64_t here = tile + j0 + j, t = dates.at[here];
       const float* live = w.live + here * lanes;
@@ -70,7 +71,7 @@ void finish(const GyroscopeArgs& a, int64_t b, int64_t h, List queries, int64_t 
     for (int64_t j = 0; j < some * D; ++j)
       Tier::store(w.o + j * lanes, Tier::load(w.share + j / D * lanes) *
                                        Tier::load(S + (j0 * D + j) * width));
-    combine(w.weight, T * lanes, lanes, some, w.v, T, D, 1, w.o);
+    if (others) combine(w.weight, T * lanes, lanes, some, w.v, T, D, 1, w.o);
     for (int64_t j = 0; j < some; ++j) {
       Stored* row[lanes];
       const int64_t here = tile + j0 + j;

@@ -122,6 +122,7 @@ void temporal_backward(const GyroscopeArgs& a, const TemporalScratch& w, int64_t
                        List positions, int64_t first, List dates, int64_t tile, int64_t tile_dates,
                        const float* dvT, const float* delta) {
   const int64_t D = a.D, T = dates.count, count = std::min<int64_t>(lanes, positions.count - first);
+  const bool others = T > 1;  // a date alone has no temporal part
   const Index* position = positions.at + first;
   const float scale = energy_scale(a);
   const auto* zeros = reinterpret_cast<const Stored*>(w.spare.zeros);
@@ -138,6 +139,7 @@ void temporal_backward(const GyroscopeArgs& a, const TemporalScratch& w, int64_t
       point_live(x, b, date, h, position, live, zeros, row);
       load_transposed(row, D, to + t * D * lanes, lanes);
     };
+    if (!others) break;
     load(a.q, w.q), load(a.k, w.k), load(a.v, w.v), load(a.grad, w.dout);
     for (int64_t d = t * D; d < (t + 1) * D; ++d)
       Tier::store(w.q + d * lanes, Tier::load(w.q + d * lanes) * scale);
@@ -145,7 +147,7 @@ void temporal_backward(const GyroscopeArgs& a, const TemporalScratch& w, int64_t
   // Dates of the tile as queries [tile_dates][T], and as keys [T][tile_dates]: the same where the
   // tile holds all dates.
   const int as_keys = tile_dates == T ? 0 : 1;
-  soften(w, tile, tile_dates, 0, T, D, w.weight[0], w.denergy[0]);
+  if (others) soften(w, tile, tile_dates, 0, T, D, w.weight[0], w.denergy[0]);
   if (as_keys) soften(w, 0, T, tile, tile_dates, D, w.weight[1], w.denergy[1]);
   auto store = [&](const Strided& x, int64_t t, int64_t some) {
     for (int64_t i = 0; i < some; ++i) {
@@ -161,21 +163,25 @@ void temporal_backward(const GyroscopeArgs& a, const TemporalScratch& w, int64_t
     const int64_t row = T * lanes, across = tile_dates * lanes;
     for (int64_t j = 0; j < some * D; ++j)
       std::copy_n(dvT + (i * D + j) * width, lanes, w.result + j * lanes);
-    combine(w.weight[as_keys] + i * lanes, lanes, across, some, w.dout, T, D, 1, w.result);
+    if (others)
+      combine(w.weight[as_keys] + i * lanes, lanes, across, some, w.dout, T, D, 1, w.result);
     store(a.dv, t, some);
     clear(some);
-    combine(w.denergy[as_keys] + i * lanes, lanes, across, some, w.q, T, D,
-            static_cast<float>(1 / log2e), w.result);
+    if (others)
+      combine(w.denergy[as_keys] + i * lanes, lanes, across, some, w.q, T, D,
+              static_cast<float>(1 / log2e), w.result);
     store(a.dk, t, some);
-    clear(some);
-    combine(w.denergy[0] + i * row, row, lanes, some, w.k, T, D, static_cast<float>(a.scale),
-            w.result);
+    if (others) {
+      clear(some);
+      combine(w.denergy[0] + i * row, row, lanes, some, w.k, T, D, static_cast<float>(a.scale),
+              w.result);
+    }
     store(a.dq, t, some);
     // The gradients of one softmax's energies sum to zero and the gate moves all spatial ones, so
     // the temporal ones alone give its gradient.
     for (int64_t j = 0; j < some; ++j) {
       F dgate = {};
-      for (int64_t s = 0; s < T; ++s)
+      for (int64_t s = 0; others && s < T; ++s)
         dgate -= Tier::load(w.denergy[0] + (i + j) * row + s * lanes);
       for (int64_t l = 0; l < count; ++l)
         if (w.live[(t + j) * lanes + l] != 0)

@@ -273,7 +273,7 @@ def documented(path) -> list[list[str]]:
     """The words of every timo command that a file shows."""
     text = path.read_text().replace("\\\n#", " ").replace("\\\n", " ")
     lines = re.findall(
-        r"^(?:# )?timo ((?:data |pretrain |finetune |evaluate |predict ).*)", text, re.M
+        r"^(?:# )?timo ((?:data |pretrain |finetune |evaluate |predict |embed ).*)", text, re.M
     )
     return [shlex.split(line, comments=True) for line in lines]
 
@@ -284,7 +284,8 @@ QUICK = {
                  "--task.model_options", DECODER, "--trainer.max_steps", "1", *QUIET],
     "finetune": ["--data.train.tile", "32", "--data.val.tile", "32", "--task.model", "timo_tiny",
                  "--task.model_options", SMALL, "--trainer.max_steps", "1", *QUIET],
-    "evaluate": ["--accelerator", "cpu"], "predict": ["--accelerator", "cpu"], "data": [],
+    "evaluate": ["--accelerator", "cpu"], "predict": ["--accelerator", "cpu"],
+    "embed": ["--accelerator", "cpu", "--data.tile", "32"], "data": [],
 }  # fmt: skip
 
 
@@ -299,7 +300,7 @@ def test_documented_commands_run(tmp_path, monkeypatch, capsys):
         documented(REPOSITORY / "configs" / f"{name}_rasters.yaml")
         for name in ("pretrain", "finetune")
     ]
-    road = "data pretrain finetune evaluate predict"
+    road = "data pretrain finetune evaluate predict embed"
     assert " ".join(words[0] for words in shown[0]) == road
     assert [words[0] for (words,) in shown[1:]] == ["pretrain", "finetune"]
     for number, commands in enumerate(shown):
@@ -310,6 +311,7 @@ def test_documented_commands_run(tmp_path, monkeypatch, capsys):
         if number == 0:
             (tmp_path / "series").rename(tmp_path / "FOLDER")
     assert (tmp_path / "check.html").is_file() and (tmp_path / "maps" / "series.tif").is_file()
+    assert (tmp_path / "vectors" / "embeddings.npz").is_file()
 
 
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("configs/*.yaml")), ids=lambda p: p.stem)

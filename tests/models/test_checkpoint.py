@@ -345,6 +345,21 @@ def test_bad_paths_are_named(tmp_path):
         model_from_checkpoint(tmp_path / "layer.safetensors")
 
 
+def test_segmentation_heads_of_two_kinds(tmp_path):
+    """The encoder goes from one to the other; the classifier is of another width."""
+    options = {"num_classes": 3}
+    models = [build("segmentation", head=head, **options) for head in ("upernet", "linear")]
+    for model, other in (models, models[::-1]):
+        timo.save_checkpoint(model, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match="it was built with head=.*\n.*(shape|upernet)"):
+            timo.load_checkpoint(other, tmp_path / "model.safetensors")
+        report = timo.load_checkpoint(other, tmp_path / "model.safetensors", ["classifier"])
+        assert all(name.startswith("encoder.") for name in report.mapped.values())
+        left = {name.split(".")[0] for name in report.left_out}
+        assert left == ({"upernet", "classifier"} if other is models[1] else {"classifier"})
+        assert all("linear head" in r for k, r in report.left_out.items() if "upernet" in k)
+
+
 def test_safetensors_with_published_names(tmp_path):
     model = model_of("encoder")
     timo.save_checkpoint(model, tmp_path / "a.pth", "published")

@@ -134,6 +134,12 @@ def test_a_task_is_loaded_as_what_it_is(tmp_path):
         (tmp_path / "task.json").write_text(damaged)
         with pytest.raises(DataError, match="task.json: is damaged"):
             load_task(tmp_path, Data)
+    whole = json.loads((tmp_path / "b" / "task.json").read_text())
+    for key, value in (("kind", "detection"), ("kind", None), ("classes", None)):
+        damaged = {k: v for k, v in (whole | {key: value}).items() if v is not None}
+        (tmp_path / "task.json").write_text(json.dumps(damaged))
+        with pytest.raises(DataError, match=r"task.json: is damaged \(kind is .*copy it again"):
+            load_task(tmp_path, Data)
 
 
 def test_the_commands_choose_classification(tmp_path, capsys):
@@ -177,9 +183,14 @@ def test_the_commands_choose_classification(tmp_path, capsys):
         assert table["label"].tolist() == labels.tolist()
     capsys.readouterr()
     for wrong, words in (
-        (("predict", "--change", "true"), "change is true, which is of maps"),
+        (("predict", "--change", "true"), "change is True, which is of maps"),
         (("predict", "--accelerator", "tpu"), "accelerator is 'tpu'; it must be cpu, gpu or auto"),
+        (("predict", "--tile", 32), "tile is 32, which is of maps"),
+        (("predict", "--overlap", 0), "overlap is 0, which is of maps"),
+        (("predict", "--out", scores), f"out: {scores} is a file; name a folder"),
         (("embed", "--run", tmp_path), f"{tmp_path / 'model.safetensors'}: does not exist"),
+        (("embed", "--out", out), f"out: {out} is the folder of a run"),
+        (("embed", "--out", scores), f"out: {scores} is a file; name a folder"),
     ):  # fmt: skip
         assert run(wrong[0], "--run", out, *data("data", "test"), *cpu, *wrong[1:]) == 2
         assert words in capsys.readouterr().err

@@ -155,6 +155,26 @@ def test_frozen_weights_stay_as_they_are(tmp_path, head):
         assert module.training != (kept or name.endswith("drop_path")), name
 
 
+def test_a_run_is_resumed_with_what_it_trains(tmp_path):
+    save_checkpoint(task().model, tmp_path / "model.safetensors")
+    options = {"pretrained": str(tmp_path / "model.safetensors"), "fresh": ["classifier"]}
+    out = tmp_path / "run"
+    fit(task(freeze=True, **options), data(), out, max_epochs=1, **QUIET)
+    before = content(out)
+    with pytest.raises(ValueError, match="trains 2 weights, this one trains .*task.freeze and"):
+        fit(task(**options), data(), out, resume=True, max_epochs=2, **QUIET)
+    assert content(out) == before
+    fit(task(freeze=True, **options), data(), out, resume=True, max_epochs=2, **QUIET)
+
+
+def test_a_run_of_no_steps_leaves_its_first_weights(tmp_path):
+    fresh = task(schedule="cosine", warmup=0.0)
+    start = {name: x.clone() for name, x in fresh.model.state_dict().items()}
+    fit(fresh, data(), tmp_path / "run", max_steps=0, **QUIET)
+    held = load_file(tmp_path / "run" / "model.safetensors")
+    assert held.keys() == start.keys() and all(torch.equal(held[k], start[k]) for k in held)
+
+
 def test_freezing_needs_something_to_keep_and_something_to_train(tmp_path):
     save_checkpoint(task().model, tmp_path / "model.safetensors")
     weights = str(tmp_path / "model.safetensors")

@@ -66,10 +66,14 @@ def predict(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--data", type=SeriesDataset, required=True, help="for maps: series, not cut into tiles"
     )
-    parser.add_argument("--tile", type=int, default=224, help="of maps: window size in pixels")
-    parser.add_argument("--overlap", type=int, default=32, help="of maps: pixels windows share")
+    parser.add_argument(
+        "--tile", type=int | None, default=None, help="of maps: window size in pixels, 224"
+    )
+    parser.add_argument(
+        "--overlap", type=int | None, default=None, help="of maps: pixels that windows share, 32"
+    )
     _add_batches(parser)
-    parser.add_argument("--out", type=str, required=True, help="folder of <series>.tif, or the CSV")
+    parser.add_argument("--out", type=str, required=True, help="folder of the results")
     parser.add_argument("--change", type=bool, default=False, help="also <series>_change.tif")
     parser.add_argument(
         "--probabilities", type=bool, default=False, help="also <series>_probabilities.tif"
@@ -78,7 +82,8 @@ def predict(arguments: Sequence[str]) -> int:
     if (Path(options.run) / TASK).is_file():
         if read_description(Path(options.run) / TASK).get("kind") == ClassificationTask.kind:
             return _list_classes(parser, options)
-    tile, overlap = options.tile, options.overlap
+    tile = 224 if options.tile is None else options.tile
+    overlap = 32 if options.overlap is None else options.overlap
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap is {overlap}; it must be from 0 to less than tile, {tile}")
     module, _, name = options.data.class_path.rpartition(".")
@@ -96,8 +101,7 @@ def predict(arguments: Sequence[str]) -> int:
     given.tile, given.stride = tile, tile - overlap
     dataset = parser.instantiate(options).data
     task = load_segmenter(options.run, dataset, options.best).to(_device(options.accelerator))
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = _folder(options.out)
     for number, series in enumerate(dataset.series):
         path = out / f"{series.name}.tif"
         change = out / f"{series.name}_change.tif" if options.change else None
@@ -114,19 +118,19 @@ def predict(arguments: Sequence[str]) -> int:
 
 
 def _list_classes(parser: ArgumentParser, options: Namespace) -> int:
-    for name in ("change", "probabilities"):
-        if options[name]:
+    for name in ("change", "probabilities", "tile", "overlap"):
+        if options[name] is not None and options[name] is not False:
             raise ValueError(
-                f"{name} is true, which is of maps; a classification run lists classes with their "
-                "probabilities, leave it out"
+                f"{name} is {options[name]}, which is of maps; a classification run lists the "
+                "classes of samples as the data cuts them (data.tile), with their probabilities: "
+                "leave it out"
             )
     dataset = parser.instantiate(options).data
     task = load_task(options.run, dataset, options.best).to(_device(options.accelerator))
     assert isinstance(task, ClassificationTask)  # as task.json says
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    predict_classes(task, dataset, out / "predictions.csv", options.batch_size)
-    print(out / "predictions.csv")
+    out = _folder(options.out) / "predictions.csv"
+    predict_classes(task, dataset, out, options.batch_size)
+    print(out)
     return 0
 
 
@@ -147,17 +151,31 @@ def embed(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     dataset = parser.instantiate(options).data
     task = load_run(options.run, dataset, options.best).to(_device(options.accelerator))
+    out = _folder(options.out)
+    if (out / TASK).is_file():
+        raise ValueError(
+            f"out: {out} is the folder of a run, with records of its own; name another"
+        )
     table = embed_series(task, dataset, options.per_frame, options.batch_size)
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
+    drawn = picture(table)
     write_text(out / "config.yaml", parser.dump(options, skip_unset=True))
     write_json(out / "environment.json", environment())
     with atomic_output(out / "embeddings.npz") as partial:
         np.savez(partial, **table)  # type: ignore[arg-type]
-    picture(table, out / "embeddings.png")
+    with atomic_output(out / "embeddings.png") as partial:
+        drawn.savefig(partial, dpi=150)
     rows, channels = table["embedding"].shape
     print(f"{rows} embeddings of {channels} channels are in {out / 'embeddings.npz'}")
     return 0
+
+
+def _folder(path: str) -> Path:
+    """The folder, made where it is not there; ValueError where something else is."""
+    out = Path(path)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file; name a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def _device(accelerator: str) -> torch.device:

@@ -226,6 +226,8 @@ def _why_left_out(name: str, target: dict) -> str | None:
     part = _part(name)
     if part and not any(_part(own) == part for own in target):
         return f"the model has no {part}"
+    if name.startswith("upernet.") and not any(own.startswith("upernet.") for own in target):
+        return "the model has a linear head"
     return None
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from timo.layers.validity import per_map
 from timo.models.encoder import STRIDES, Encoder
-from timo.models.inputs import check_series
+from timo.models.inputs import check_series, pad_frames, pad_valid
 from timo.models.upernet import UPerNet, resize
 from timo.models.weights import initialise
 
@@ -57,6 +57,8 @@ class Segmenter(nn.Module):
         encoder = self.encoder
         check_series(frames, dates, valid, encoder.stem.conv.weight, encoder.temporal_position)
         B, T, _, H, W = frames.shape
+        # Padded here, so that all maps are whole and cover the same pixels.
+        frames, valid = pad_frames(frames), pad_valid(valid, frames)
         maps, valids = encoder.features(frames, dates, valid)
         if self.temporal_pool == "encoder":
             maps = [greatest(x, v).unsqueeze(1) for x, v in zip(maps, valids)]

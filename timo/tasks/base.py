@@ -167,4 +167,5 @@ class SeriesTask(LightningModule):
             return (step + 1) / (rising + 1)
         if self.schedule == "constant":
             return 1.0
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / (steps - rising))))
+        done = (step - rising) / (steps - rising) if steps > rising else 1.0
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -48,9 +48,13 @@ def load_run(run: str | Path, dataset: SeriesDataset, best: bool = False) -> Ser
     if best and not (run / BEST).is_file():
         raise DataError(f"{run / BEST}: does not exist, for no data.val was watched; omit --best")
     described = read_description(run / TASK)
-    kind = KINDS[described.pop("kind", None)]
-    units = described.pop("units", None)
-    task = kind(scale=dataset.scale, offset=dataset.offset, **described)
+    kind, units = described.pop("kind", None), described.pop("units", None)
+    if kind not in KINDS or (kind is None) == ("classes" in described):
+        raise DataError(
+            f"{run / TASK}: is damaged (kind is {kind!r}), or of another version of timo; copy it "
+            "again from its run"
+        )
+    task = KINDS[kind](scale=dataset.scale, offset=dataset.offset, **described)
     task.units = units
     task.read_from(dataset)
     load_checkpoint(task.model, run / (BEST if best else MODEL))

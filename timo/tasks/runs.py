@@ -121,13 +121,21 @@ def _check_resumable(task: SeriesTask, out: Path) -> None:
     """ValueError unless `out` holds a checkpoint of just this task's tensors."""
     if not (out / LAST).is_file():
         raise ValueError(f"resume: {out / LAST} does not exist; start without --resume")
-    held, own = read_checkpoint(out / LAST)["state_dict"], task.state_dict()
+    held_state = read_checkpoint(out / LAST)
+    held, own = held_state["state_dict"], task.state_dict()
     shapes = [{name: x.shape for name, x in state.items()} for state in (held, own)]
     if differing := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ValueError(
             f"resume: {out / LAST} is of another model, by {', '.join(differing[:3])}{more}; give "
             f"the task.* options of {out / 'config.yaml'}"
+        )
+    (optimizer,) = held_state["optimizer_states"]
+    trained = sum(len(group["params"]) for group in optimizer["param_groups"])
+    if trained != (ours := sum(x.requires_grad for x in task.parameters())):
+        raise ValueError(
+            f"resume: {out / LAST} is of a run that trains {trained} weights, this one trains "
+            f"{ours}; give task.freeze and task.fresh as in {out / 'config.yaml'}"
         )
 
 

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from timo.data import SeriesDataset, collate_series, physical
+from timo.data import IGNORE_INDEX, DataError, SeriesDataset, collate_series, physical
 from timo.data.contract import atomic_output, evenly_spaced
 from timo.data.page import figure
 from timo.models.classifier import mean_of_valid
@@ -21,16 +20,18 @@ from timo.tasks.classification import ClassificationTask
 from timo.tasks.data import compact_valid
 
 SHOWN = 5000  # points of a picture
+_READ = ("image", "dates", "valid", "name")  # of a sample; masks do not matter here
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One series, or one date of it.
 
     Attributes:
-        name, window, label: as in the sample; None where it has none.
+        name, window: as in the sample; no window where it has none.
+        label: of the series, or of the date; None where the sample has none of that kind.
         start, end: first and last acquisition date, the same of a single date.
-        values: (D,) float32, NaN where no pixel is valid.
+        values: (D,) float32, finite; None where no pixel is valid.
     """
 
     name: str
@@ -38,47 +39,64 @@ class Row:
     label: int | None
     start: np.datetime64
     end: np.datetime64
-    values: Tensor
+    values: np.ndarray | None
 
 
 @torch.inference_mode()
 def table_rows(
     compute: Callable[[dict], Tensor],
+    task: SeriesTask,
     dataset: SeriesDataset,
     per_frame: bool,
-    device: torch.device,
-    batch_size: int = 4,
-    what: str = "embed",
+    batch_size: int,
+    what: str,
 ) -> Iterator[Row]:
-    """Rows of what `compute` gives for batches on `device`, in the order of the dataset.
+    """Rows of what `compute` gives, in the order of the dataset.
 
     Args:
-        compute: (B, D) of a batch, or (B, T, D) with `per_frame`.
+        compute: (B, D) of a batch on the task's device, or (B, T, D) with `per_frame`.
+        task: reads `dataset` from here on.
         what: title of the progress bar.
+
+    Raises:
+        DataError: other bands or units than the task's, samples that do not batch, or values
+            that are not finite.
+        ValueError: `batch_size` below 1.
     """
-
-    def collate(samples: list[dict]) -> dict:
-        return collate_series(samples) | {"length": [len(s["dates"]) for s in samples]}
-
-    loader = DataLoader(dataset, batch_size, collate_fn=collate)  # type: ignore[arg-type]
-    for batch in track(loader, what, transient=True):
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    task.read_from(dataset)
+    for first in track(range(0, len(dataset), batch_size), what, transient=True):
+        samples = [dataset[i] for i in range(first, min(first + batch_size, len(dataset)))]
+        batch = collate_series([{key: sample[key] for key in _READ} for sample in samples])
         valid = batch["valid"].flatten(2).any(2)  # [B, T]
-        moved = batch | {"valid": compact_valid(batch["valid"])}
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()}
-        values = compute(moved).float().cpu()
-        days = batch["dates"].numpy().astype("datetime64[D]")
-        for i, (name, length) in enumerate(zip(batch["name"], batch["length"])):
-            window = tuple(batch["window"][i]) if "window" in batch else None
-            label = batch["label"][i] if "label" in batch else None
-            spans = [(t, t) for t in range(length)] if per_frame else [(0, length - 1)]
-            for first, last in spans:
-                row = values[i, first] if per_frame else values[i]
-                usable = valid[i, first : last + 1].any()
-                one = None if label is None or label.ndim != per_frame else label
-                yield Row(
-                    name, window, None if one is None else int(one[first] if per_frame else one),
-                    days[i, first], days[i, last], row.where(usable, torch.nan),
-                )  # fmt: skip
+        batch["valid"] = compact_valid(batch["valid"])
+        moved = {k: v.to(task.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        values = compute(moved).float().cpu().numpy()
+        for sample, usable, found in zip(samples, valid, values):
+            yield from _rows_of(sample, usable, found, per_frame)
+
+
+def _rows_of(sample: dict, usable: Tensor, values: np.ndarray, per_frame: bool) -> Iterator[Row]:
+    """Rows of a sample: usable (T,), values (D,), or (T, D) with `per_frame`."""
+    days = sample["dates"].numpy().astype("datetime64[D]")
+    window, label = sample.get("window"), sample.get("label")
+    place = None if window is None else (int(window[0]), int(window[1]))
+    if label is not None and label.ndim != per_frame:
+        label = None
+    for t in range(len(days)) if per_frame else [None]:
+        part = slice(None) if t is None else slice(t, t + 1)
+        row = None
+        if usable[: len(days)][part].any():
+            row = values if t is None else values[t]
+            if not np.isfinite(row).all():
+                raise DataError(
+                    f"series {sample['name']}: the model gives values that are not finite; its "
+                    "training may have diverged (logs/metrics.csv), or pixels lie far beyond those "
+                    "that it was trained on"
+                )
+        one = None if label is None else int(label if t is None else label[t])
+        yield Row(sample["name"], place, one, days[part][0], days[part][-1], row)
 
 
 def embed_series(
@@ -94,16 +112,18 @@ def embed_series(
 
     Args:
         task: a task of any kind in evaluation mode, on the device to run on; see `load_run`.
-        dataset: what `task` reads.
+        dataset: what `task` is to read.
         per_frame: a row for every date, not for the series.
         batch_size: samples at once, of one image size.
 
     Returns:
         embedding (R, D) float32, NaN where no pixel is valid; name (R,); start and end (R,)
         datetime64[D]; window (R, 2) int64, upper left pixels, where samples were cut from rasters;
-        label (R,) int64, 255 where there is none, where samples have labels of what a row is.
-    """
+        label (R,) int64, 255 where there is none, if any sample has one of what a row is.
 
+    Raises:
+        DataError, ValueError: see `table_rows`; or the dataset is empty.
+    """
     encoder: Any = task.model.encoder
 
     def compute(batch: dict) -> Tensor:
@@ -111,24 +131,29 @@ def embed_series(
         maps, valids = encoder.features(frames, batch["dates"], batch["valid"])
         return mean_of_valid(maps[-1], valids[-1], per_frame)
 
-    rows = list(table_rows(compute, dataset, per_frame, task.device, batch_size))
+    rows = list(table_rows(compute, task, dataset, per_frame, batch_size, "embed"))
+    if not rows:
+        raise DataError("data: holds no samples, so there is nothing to embed")
+    none = np.full(encoder.embed_dims[-1], np.nan, np.float32)
     table = {
-        "embedding": torch.stack([row.values for row in rows]).numpy(),
+        "embedding": np.stack([none if row.values is None else row.values for row in rows]),
         "name": np.array([row.name for row in rows]),
         "start": np.array([row.start for row in rows]),
         "end": np.array([row.end for row in rows]),
     }
-    for name in ("window", "label"):
-        column = [getattr(row, name) for row in rows]
-        if None not in column:
-            table[name] = np.array(column, np.int64)
+    windows, labels = [row.window for row in rows], [row.label for row in rows]
+    if None not in windows:
+        table["window"] = np.array(windows, np.int64)
+    if any(label is not None for label in labels):
+        known = [IGNORE_INDEX if label is None else label for label in labels]
+        table["label"] = np.array(known, np.int64)
     return table
 
 
 def predict_classes(
     task: ClassificationTask, dataset: SeriesDataset, out: str | Path, batch_size: int = 4
 ) -> None:
-    """Write the class of every series, or with `per_frame` of every date, as CSV.
+    """Write the class of every series, or with `per_frame` of every date, as CSV (UTF-8).
 
     Columns: name, row and column (upper left pixel, where samples were cut from rasters), start and
     end (dates), class, and the probability of each class. Class and probabilities are empty where
@@ -138,55 +163,72 @@ def predict_classes(
         task: the classifier in evaluation mode, on the device to run on.
         dataset, batch_size: see `embed_series`.
         out: the file; it appears complete or not at all.
+
+    Raises:
+        DataError, ValueError: see `table_rows`.
     """
 
     def compute(batch: dict) -> Tensor:
         return task(batch).float().softmax(-1)
 
-    rows = table_rows(compute, dataset, task.per_frame, task.device, batch_size, "predict")
-    with atomic_output(out) as partial, open(partial, "w", newline="") as file:
-        writer = csv.writer(file)
+    rows = table_rows(compute, task, dataset, task.per_frame, batch_size, "predict")
+    with (
+        atomic_output(out) as partial,
+        open(partial, "w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["name", "row", "column", "start", "end", "class", *task.classes])
         for row in rows:
             found = ["", *[""] * len(task.classes)]
-            if not row.values.isnan().any():
+            if row.values is not None:
                 shares = [f"{share:.6f}" for share in row.values.tolist()]
                 found = [task.classes[int(row.values.argmax())], *shares]
             writer.writerow([row.name, *(row.window or ("", "")), row.start, row.end, *found])
 
 
-def picture(table: dict[str, np.ndarray], out: str | Path) -> None:
-    """Write the first two principal components of embeddings as PNG.
+def picture(table: dict[str, np.ndarray]):
+    """A matplotlib figure of the first two principal components of embeddings.
 
-    Points are coloured by label where there is one, else by date.
+    Points are coloured by label where there are some, those of 255 grey, else by date.
 
     Args:
         table: as from `embed_series`; of many rows `SHOWN` are drawn, evenly spaced.
-        out: the file; its suffix must be .png.
 
     Raises:
         ImportError: without matplotlib.
     """
+    drawn, (axes,) = figure(1, 1, 8, 6)
     known = np.flatnonzero(np.isfinite(table["embedding"]).all(1))
     chosen = known[evenly_spaced(len(known), SHOWN)]
-    x = torch.from_numpy(table["embedding"][chosen]).double()
-    plot, (axes,) = figure(1, 1, 7, 6)
-    if len(x):
-        x = x - x.mean(0)
-        left, spread, _ = torch.linalg.svd(x, full_matrices=False)
-        points = torch.zeros(len(x), 2).double()
-        points[:, : len(spread)] = (left * spread)[:, :2]
-        share = spread**2 / (spread**2).sum().clamp_min(torch.finfo(x.dtype).tiny)
-        labelled = "label" in table
-        colour = table["label"] if labelled else table["start"].astype("datetime64[D]").astype(int)
-        dots = axes.scatter(
-            *points.T.numpy(), c=colour[chosen] if labelled else 1970 + colour[chosen] / 365.25,
-            s=10, cmap="tab20" if labelled else "viridis",
-        )  # fmt: skip
-        plot.colorbar(dots, ax=axes, label="label" if labelled else "first date (year)")
-        for axis, number in ((axes.set_xlabel, 0), (axes.set_ylabel, 1)):
-            part = f", {share[number]:.0%} of variance" if number < len(share) else ""
-            axis(f"principal component {number + 1}{part}")
     axes.set_title(f"{len(chosen)} of {len(table['name'])} embeddings")
-    with atomic_output(out) as partial:
-        plot.savefig(partial, dpi=150)
+    if not len(chosen):
+        return drawn
+    x = table["embedding"][chosen].astype(np.float64)
+    left, spread, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    points = np.zeros((len(x), 2))
+    points[:, : len(spread)] = (left * spread)[:, :2]
+    shares = np.zeros(2)
+    shares[: len(spread)] = spread[:2] ** 2 / max((spread**2).sum(), np.finfo(np.float64).tiny)
+    axes.set_xlabel(f"principal component 1, {shares[0]:.0%} of variance")
+    axes.set_ylabel(f"principal component 2, {shares[1]:.0%} of variance")
+    if "label" in table:
+        _draw_labels(drawn, axes, points, table["label"][chosen])
+        return drawn
+    years = 1970 + table["start"][chosen].astype("datetime64[D]").astype(np.int64) / 365.25
+    dots = axes.scatter(*points.T, c=years, s=10, cmap="viridis")
+    drawn.colorbar(dots, ax=axes, label="first date (year)")
+    return drawn
+
+
+def _draw_labels(drawn, axes, points: np.ndarray, labels: np.ndarray) -> None:
+    """Points (R, 2) in a colour for each label, with a legend; 255 below them, in grey."""
+    from matplotlib import colormaps
+
+    classes = np.unique(labels[labels != IGNORE_INDEX])
+    colours = colormaps["tab20" if len(classes) <= 20 else "turbo"].resampled(max(1, len(classes)))
+    groups = [(int(label), colours(i)) for i, label in enumerate(classes)]
+    for label, colour in [(IGNORE_INDEX, "lightgrey"), *groups]:
+        if (labels == label).any():
+            title = "no label" if label == IGNORE_INDEX else str(label)
+            axes.scatter(*points[labels == label].T, color=colour, s=10, label=title)
+    drawn.legend(loc="outside right upper", ncols=1 + len(classes) // 25, title="label")
