@@ -23,7 +23,12 @@ void finish(const GyroscopeArgs& a, int64_t b, int64_t h, List queries, int64_t 
                reinterpret_cast<const Stored*>(w.spare.zeros), row);
     load_transposed(row, D, to, lanes);
   };
+  auto soon = [&](const Strided& x, int64_t t) {
+    if (others) fetch<Stored>(x, b, dates.at[t], h, position, count, D);
+  };
   for (int64_t s = 0; s < T; ++s) {  // keys and values of all dates, 0 where not usable
+    if (s + 1 < T) soon(a.k, s + 1), soon(a.v, s + 1);
+    else soon(a.q, tile);
     for (int i = 0; i < lanes; ++i)
       w.live[s * lanes + i] = i < count && usable(a, b, dates.at[s], position[i]);
     if (others) load(a.k, s, w.k + s * D * lanes), load(a.v, s, w.v + s * D * lanes);
@@ -33,6 +38,7 @@ void finish(const GyroscopeArgs& a, int64_t b, int64_t h, List queries, int64_t 
     const int64_t some = std::min(date_block, tile_dates - j0);
     for (int64_t j = 0; others && j < some; ++j) {
       float* q = w.q + j * D * lanes;
+      if (j0 + j + 1 < tile_dates) soon(a.q, tile + j0 + j + 1);
       load(a.q, tile + j0 + j, q);
       for (int64_t d = 0; d < D; ++d) Tier::store(q + d * lanes, Tier::load(q + d * lanes) * scale);
     }

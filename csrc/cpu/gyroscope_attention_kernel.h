@@ -154,5 +154,16 @@ TIMO_INLINE void point_live(const Strided& x, int64_t b, int64_t t, int64_t h,
     row[i] = live[i] != 0 ? base + position[i] * x.stride[2] : none;
 }
 
+// Rows that are read soon: they lie far apart, so that the processor does not foresee them.
+template <class Stored>
+TIMO_INLINE void fetch(const Strided& x, int64_t b, int64_t t, int64_t h, const Index* position,
+                       int64_t count, int64_t D) {
+  const Stored* const base = at<Stored>(x, b, t, 0, h);
+  for (int64_t i = 0; i < count; ++i) {
+    const Stored* const row = base + position[i] * x.stride[2];
+    for (int64_t d = 0; d < D; d += 64 / sizeof(Stored)) __builtin_prefetch(row + d);
+  }
+}
+
 }  // namespace
 }  // namespace timo

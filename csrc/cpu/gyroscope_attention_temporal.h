@@ -140,6 +140,8 @@ void temporal_backward(const GyroscopeArgs& a, const TemporalScratch& w, int64_t
       load_transposed(row, D, to + t * D * lanes, lanes);
     };
     if (!others) break;
+    for (const Strided* x : {&a.q, &a.k, &a.v, &a.grad})
+      if (t + 1 < T) fetch<Stored>(*x, b, dates.at[t + 1], h, position, count, D);
     load(a.q, w.q), load(a.k, w.k), load(a.v, w.v), load(a.grad, w.dout);
     for (int64_t d = t * D; d < (t + 1) * D; ++d)
       Tier::store(w.q + d * lanes, Tier::load(w.q + d * lanes) * scale);

@@ -220,6 +220,29 @@ def test_scores_of_what_is_labelled(tmp_path, capsys):
     evaluate(2, "series a, b: has no mask, which a segmentation run needs")
 
 
+@pytest.mark.parametrize("words, told", [
+    (["pretrain", "--data.train", "RasterSeries", "--data.train.root", "nowhere"],
+     ["nowhere: is not a folder; it must hold rasters"]),
+    (["data", "check", "--data.root", "x"], ["is abstract", "as --data RasterSeries"]),
+    (["predict", "--run", "x", "--out", "y", "--data", "RasterSerie"],
+     ["RasterSerie\n", "as --data RasterSeries: one of RasterSeries, NumpySeries"]),
+    (["finetune", "--task.learning_rate", "abc"],
+     ["task.learning_rate: Expected a <class 'float'>", ", got abc"]),
+])  # fmt: skip
+def test_messages_of_the_parser_are_readable(words, told, capsys):
+    assert run(*words) == 2
+    said = capsys.readouterr().err
+    assert all(text in said for text in told), said
+    assert not any(noise in said for noise in ("Union", "NoneType", "Namespace", "Given value"))
+
+
+def test_usage_of_the_data_commands(capsys):
+    assert run("data", "--help") == 0
+    said = capsys.readouterr().out
+    assert "timo data check" in said and "timo pretrain" not in said
+    assert run("data") == 2
+
+
 def test_predict_refuses_what_it_cannot_map(series, tmp_path, capsys):
     def refused(words, *data):
         assert run("predict", "--run", tmp_path, "--out", tmp_path / "maps", "--data", *data) == 2

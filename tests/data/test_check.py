@@ -136,3 +136,19 @@ def test_pucallpa(data_root, tmp_path):
     report = check_dataset(data, tmp_path / "check.html")
     assert report.ok and set(report.labels) == {0, 1, 255}
     assert (tmp_path / "check.html").read_text().count("data:image/png;base64,") == 2
+
+
+def test_thumbnails_are_stretched_by_what_is_valid(tmp_path):
+    """Clouds on every date do not darken the ground; bands are known by name in any case."""
+    pixels = frames(3, bands=3, dtype="uint16")
+    pixels[:, :, :, :30] = 60_000
+    descriptions = ["blue", "green", "red"]
+    write_rasters(tmp_path, ["2001", "2002", "2003"], pixels, descriptions=descriptions)
+    valid = np.ones((40, 50), np.uint8)
+    valid[:, :30] = 0
+    for name in ("2001", "2002", "2003"):
+        write_tif(tmp_path / f"{name}_valid.tif", valid)
+    shown = check_dataset(RasterSeries(tmp_path)).samples[0].thumbnails[0][:, 30:]
+    assert 0.3 < shown.mean() < 0.7
+    red = pixels[0, 2, :, 30:].astype(float)
+    assert np.corrcoef(shown[..., 0].ravel(), red.ravel())[0, 1] > 0.95

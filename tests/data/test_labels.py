@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.writers import frames, write_numpy, write_rasters
+from tests.data.writers import frames, write_numpy, write_rasters, write_tif
 from timo.data import (
     DataError,
     NumpySeries,
@@ -98,6 +98,13 @@ def test_what_does_not_fit_is_named(root, lines, words):
     with pytest.raises(DataError) as error:
         RasterSeries(root)
     assert f"{root / 'labels.csv'}" in str(error.value) and words in str(error.value)
+
+
+def test_either_a_mask_or_a_label(root):
+    write(root, "name,label", "a,0", '"b, c",1')
+    write_tif(root / "a" / "mask.tif", np.ones((40, 50), np.uint8))
+    with pytest.raises(DataError, match="series 'a': has a mask, and a label in labels.csv; move"):
+        RasterSeries(root)[0]
 
 
 def test_a_table_that_is_no_text(root):

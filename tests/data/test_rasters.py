@@ -237,6 +237,8 @@ def test_windows_with_too_few_valid_pixels_are_left_out(tmp_path):
     assert [len(w) for w in windows] == [5, 3, 2, 2]
     with pytest.raises(DataError, match="no window has 10% valid pixels; the best has 0.0%"):
         RasterSeries(tmp_path, tile=(40, 10), region=(0, 0, 40, 20), min_valid=0.1)
+    with pytest.raises(DataError, match="use a smaller tile, for what lies beyond a raster is not"):
+        RasterSeries(tmp_path, tile=224, min_valid=0.5)
 
 
 @pytest.mark.parametrize("cache", [False, True])

@@ -345,6 +345,15 @@ def test_bad_paths_are_named(tmp_path):
         model_from_checkpoint(tmp_path / "layer.safetensors")
 
 
+@pytest.mark.parametrize("format, suffix", [("native", ".safetensors"), ("published", ".pth")])
+def test_who_may_read_a_checkpoint_is_who_may_read_any_file(tmp_path, format, suffix):
+    (tmp_path / "any").touch()
+    timo.save_checkpoint(model_of("encoder"), tmp_path / f"a{suffix}", format)
+    assert (tmp_path / f"a{suffix}").stat().st_mode == (tmp_path / "any").stat().st_mode
+    with pytest.raises(FileNotFoundError, match="is not a file; give a file in it, as .*model.saf"):
+        timo.load_checkpoint(model_of("encoder"), tmp_path)
+
+
 def test_segmentation_heads_of_two_kinds(tmp_path):
     """The encoder goes from one to the other; the classifier is of another width."""
     options = {"num_classes": 3}

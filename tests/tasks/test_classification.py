@@ -1,6 +1,7 @@
 """Classification of series and of dates, below the command and through it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 from tests.data.fixtures import sen12_flood
 from timo.cli import main
-from timo.data import DataError, collate_series
+from timo.data import DataError, SeriesDataset, collate_series
 from timo.data.readers import Sen12Flood
 from timo.tasks import ClassificationTask, SegmentationTask, load_segmenter, load_task
 from timo.tasks.data import compact_valid
@@ -111,9 +112,28 @@ def test_metrics_against_counts():
 
 
 def test_a_task_is_loaded_as_what_it_is(tmp_path):
-    class Data:
-        bands, units, scale, offset = ("x", "y"), "dB", torch.ones(2), torch.zeros(2)
+    class Series(SeriesDataset):
+        """One sample near what the task was trained on."""
 
+        def __init__(self, units="dB", value=0.3, valid=True):
+            super().__init__(("x", "y"), units)
+            self.value, self.valid = value, torch.full((1, 32, 32), valid)
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            if index:
+                raise IndexError
+            image = torch.full((1, 2, 32, 32), self.value)
+            return {
+                "image": image,
+                "dates": torch.zeros(1).long(),
+                "valid": self.valid,
+                "name": "s",
+            }
+
+    Data = Series()
     task = classification(per_frame=True).eval()
     task.units = "dB"
     save_model(task, tmp_path)
@@ -127,14 +147,24 @@ def test_a_task_is_loaded_as_what_it_is(tmp_path):
     options = {"model_options": SMALL, "classes": ("a", "b"), "model": "timo_tiny"}
     save_model(SegmentationTask(("x", "y"), **UNITS, **options), tmp_path / "b")
     assert isinstance(load_segmenter(tmp_path / "b", Data), SegmentationTask)
-    Data.units = "linear"
     with pytest.raises(DataError, match="values in linear; this model was trained on dB: state"):
+        load_task(tmp_path, Series("linear"))
+    with pytest.raises(DataError, match=r"band x has values of 30 on average, .* 0.2 ± 0.1; state"):
+        load_task(tmp_path, Series(value=30.0))
+    load_task(tmp_path, Series(value=30.0, valid=False))  # of which nothing can be said
+    shutil.copy(tmp_path / "b" / "model.safetensors", tmp_path)
+    with pytest.raises(DataError, match="model.safetensors: is not of this run, by .* and .* more"):
         load_task(tmp_path, Data)
     for damaged in ("{", "[]", "{}"):
         (tmp_path / "task.json").write_text(damaged)
         with pytest.raises(DataError, match="task.json: is damaged"):
             load_task(tmp_path, Data)
     whole = json.loads((tmp_path / "b" / "task.json").read_text())
+    save_model(classification(per_frame=True), tmp_path)
+    for key, value in (("mean", [0.2]), ("deviation", [0.1, 0.0]), ("bands", [1]), ("more", 1)):
+        (tmp_path / "task.json").write_text(json.dumps(whole | {key: value}))
+        with pytest.raises(DataError, match="task.json: is damaged"):
+            load_task(tmp_path, Data)
     for key, value in (("kind", "detection"), ("kind", None), ("classes", None)):
         damaged = {k: v for k, v in (whole | {key: value}).items() if v is not None}
         (tmp_path / "task.json").write_text(json.dumps(damaged))

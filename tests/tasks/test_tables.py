@@ -5,12 +5,14 @@ import itertools
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 import torch.nn.functional as F
 
 from tests.data.corpora import write_published_layout
+from tests.data.writers import frames, write_rasters
 from tests.tasks.test_tasks import SMALL, UNITS
-from timo.data import DataError, SeriesDataset, open_series, physical
+from timo.data import DataError, RasterSeries, SeriesDataset, open_series, physical
 from timo.data.building import SeriesSource, build_store
 from timo.tasks import (
     ClassificationTask,
@@ -137,6 +139,22 @@ def test_a_store_is_embedded(tmp_path):
         expected = alone(task, store, sample).nanmean((0, 2, 3))
         torch.testing.assert_close(torch.from_numpy(table["embedding"][index]), expected)
         assert table["name"][index] == sample["name"]
+
+
+def test_places_of_embeddings(tmp_path):
+    """Bounds of windows in the raster's own coordinates: pixels of 10 m, north is up."""
+    for name in ("a", "b"):
+        write_rasters(tmp_path / name, ["2020"], frames(1, 2, 64, 80, "uint8"))
+    task, dataset = tasks()[0], RasterSeries(tmp_path, bands=["x", "y"], scale=0.01, tile=48)
+    table = embed_series(task, dataset)
+    windows = table["window"]
+    assert windows.tolist() == [[0, 0], [0, 32], [16, 0], [16, 32]] * 2
+    left, top = 500_000 + 10 * windows[:, 1], 9_000_000 - 10 * windows[:, 0]
+    np.testing.assert_array_equal(table["bounds"], np.stack([left, top - 480, left + 480, top], 1))
+    assert rasterio.crs.CRS.from_wkt(table["crs"][0]).to_epsg() == 32718
+    whole = embed_series(task, RasterSeries(tmp_path, bands=["x", "y"], scale=0.01))
+    assert whole["bounds"].tolist() == [[500_000, 9_000_000 - 640, 500_800, 9_000_000]] * 2
+    assert len(np.unique(points_of(picture(table))[:, 2:], axis=0)) == 2  # a colour for each series
 
 
 def test_what_cannot_be_embedded_is_told():

@@ -172,8 +172,17 @@ def test_mask_and_model_must_agree_on_frames():
     frames, one = torch.randn(1, 2, 3, 8, 8), torch.zeros(1, 8, 8).long()
     with pytest.raises(ValueError, match="one for every date"):
         segmentation().loss(frames, one)
-    with pytest.raises(ValueError, match="per_frame=True"):
+    with pytest.raises(ValueError, match="model gives one for the series .per_frame=False"):
         segmentation().loss(frames[:, 0], one.expand(1, 2, 8, 8))
+
+
+def test_classes_and_units_are_checked():
+    with pytest.raises(ValueError, match="every name must be another"):
+        segmentation(classes=("a", "b", "a"))
+    units = {"mean": [0.0] * 2, "deviation": [1.0] * 2, "scale": [1.0] * 2, "offset": [0.0] * 2}
+    for name, wrong in (("mean", [0.0]), ("deviation", [1.0, 0.0]), ("scale", [1.0] * 3)):
+        with pytest.raises(ValueError, match=f"{name} is .*a number for each of the bands"):
+            PretrainingTask(("x", "y"), **units | {name: wrong}, model_options=SMALL)
 
 
 def test_schedule():

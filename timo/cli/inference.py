@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -152,10 +153,6 @@ def embed(arguments: Sequence[str]) -> int:
     dataset = parser.instantiate(options).data
     task = load_run(options.run, dataset, options.best).to(_device(options.accelerator))
     out = _folder(options.out)
-    if (out / TASK).is_file():
-        raise ValueError(
-            f"out: {out} is the folder of a run, with records of its own; name another"
-        )
     table = embed_series(task, dataset, options.per_frame, options.batch_size)
     drawn = picture(table)
     write_text(out / "config.yaml", parser.dump(options, skip_unset=True))
@@ -170,11 +167,15 @@ def embed(arguments: Sequence[str]) -> int:
 
 
 def _folder(path: str) -> Path:
-    """The folder, made where it is not there; ValueError where something else is."""
+    """The folder, made where it is not there; ValueError where nothing may be written to it."""
     out = Path(path)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file; name a folder")
+    if (out / TASK).is_file():
+        raise ValueError(f"out: {out} is the folder of a run, with its own records; name another")
     out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"out: {out} may not be written to; name another folder")
     return out
 
 

@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import re
 import sys
 import warnings
 from argparse import ArgumentError
@@ -23,8 +24,10 @@ COMMANDS = {
 }
 
 
-def usage() -> str:
-    lines = [f"  timo {name:22s} {help}" for name, (_, _, help) in COMMANDS.items()]
+def usage(group: str = "") -> str:
+    """What the commands do; those whose name begins with `group`."""
+    chosen = {name: help for name, (_, _, help) in COMMANDS.items() if name.startswith(group)}
+    lines = [f"  timo {name:22s} {help}" for name, help in chosen.items()]
     return "\n".join(["usage: timo COMMAND [--help] [options]", "", *lines])
 
 
@@ -38,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if arguments else 2
     words = 2 if arguments[0] == "data" else 1
+    if words == 2 and arguments[1:2] in ([], ["-h"], ["--help"]):
+        print(usage("data "))
+        return 0 if arguments[1:] else 2
     name = " ".join(arguments[:words])
     if name not in COMMANDS:
         print(f"timo: {name!r} is no command\n{usage()}", file=sys.stderr)
@@ -64,8 +70,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("TIMO_TRACEBACK") == "1" or not _of_input(error):
             raise
-        print(f"timo {name}: {error}", file=sys.stderr)
+        print(f"timo {name}: {plain(str(error))}", file=sys.stderr)
         return 2
+
+
+def plain(message: str) -> str:
+    """A message without what the parser of options says about types and its own objects."""
+    key = re.search(r'Parser key "([\w.]+)":', message)
+    if "Union subtypes" in message:
+        listed = message.partition("Errors:\n")[2].partition("Given value type:")[0]
+        reasons = [reason.strip() for reason in re.split(r"^ *- ", listed, flags=re.M)]
+        told = [text for text in reasons if text and "Expected a <class 'NoneType'>" not in text]
+        if told:
+            given = re.search(r"Given value: ((?!Namespace|NestedArg).{1,80})$", message)
+            message = f"{key[1]}: " if key else ""
+            message += "\n".join(told) + (f", got {given[1]}" if given else "")
+    if "SeriesDataset is abstract" in message or "Expected a dot import path string" in message:
+        from timo.cli.parsing import DATASETS
+
+        names = ", ".join(dataset.__name__ for dataset in DATASETS)
+        message += (
+            f"\nname the class of the data set first, as --{key[1] if key else 'data'} "
+            f"RasterSeries: one of {names}, or one of your own with its module"
+        )
+    return message
 
 
 def _of_input(error: Exception) -> bool:

@@ -10,7 +10,7 @@ import timo.data
 from timo.tasks import SeriesData
 
 # Data sets may be named by their class alone, as `--data.train RasterSeries`.
-DATASETS = (
+DATASETS: tuple[type, ...] = (
     timo.data.RasterSeries,
     timo.data.NumpySeries,
     timo.data.SimulatedSeries,

@@ -42,7 +42,7 @@ def finetune(arguments: Sequence[str]) -> int:
     if kind.target not in sample:
         raise ValueError(
             "data.train: its samples have neither mask nor label; add mask.tif, <date>_mask.tif or "
-            "labels="
+            "labels=, or for classification labels.csv"
         )
     labels = sample[kind.target]
     described = options.task.as_dict() | {"per_frame": by_date(kind.target, labels)}

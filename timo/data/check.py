@@ -18,7 +18,7 @@ from timo.data.contract import (
     validate_sample,
 )
 
-_RGB = (("Red", "Green", "Blue"), ("R", "G", "B"), ("B04", "B03", "B02"), ("B4", "B3", "B2"))
+_RGB = (("red", "green", "blue"), ("r", "g", "b"), ("b04", "b03", "b02"), ("b4", "b3", "b2"))
 _THUMBNAIL = 256  # pixels along the longer side
 _PIXELS = 20_000  # of each sample, for histograms
 
@@ -165,13 +165,15 @@ def _thumbnails(values: Tensor, valid: Tensor, bands: Sequence[str]) -> list[np.
 
     It is the median of the dates' own stretches: a few bright cloudy dates do not darken the rest.
     """
-    shown = next((names for names in _RGB if set(names) <= set(bands)), bands[:3])
+    names = [band.lower() for band in bands]
+    shown = next((rgb for rgb in _RGB if {*rgb} <= {*names}), names[:3])
     if len(shown) == 2:
         shown = shown[:1]
-    channels = [list(bands).index(name) for name in shown]
-    rgb = values[:, channels]
-    limits = np.percentile(rgb.flatten(2).numpy(), (2, 98), axis=2)  # (2, T, channels)
-    low, high = torch.tensor(np.median(limits, axis=1)).float()[..., None, None]
+    rgb = values[:, [names.index(name) for name in shown]]
+    clear = [frame[:, usable].numpy() for frame, usable in zip(rgb, valid) if usable.any()]
+    clear = clear or [frame.flatten(1).numpy() for frame in rgb]
+    limits = np.stack([np.percentile(x, (2, 98), axis=1) for x in clear])  # (dates, 2, channels)
+    low, high = torch.tensor(np.median(limits, axis=0)).float()[..., None, None]
     rgb = ((rgb - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     rgb = rgb.expand(-1, 3, -1, -1).movedim(1, -1)
     tinted = 0.5 * rgb + 0.5 * torch.tensor([1.0, 0.0, 1.0])

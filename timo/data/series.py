@@ -86,12 +86,15 @@ class WindowedSeries(SeriesDataset):
             for row, col in grid_windows(*size, (h, w), step):
                 self._windows.append((number, row0 + row, col0 + col, h, w, *held))
         if min_valid > 0:
+            padded = any(window[3:5] != window[5:] for window in self._windows)
             shares = [self[i]["valid"].float().mean().item() for i in range(len(self))]
             self._windows = [w for w, share in zip(self._windows, shares) if share >= min_valid]
             if not self._windows:
+                beyond = "; use a smaller tile, for what lies beyond a raster is not valid"
+                beyond = beyond if padded else ""
                 raise DataError(
                     f"min_valid: no window has {min_valid:.0%} valid pixels; the best has "
-                    f"{max(shares):.1%}. Lower min_valid, or see `timo data check`"
+                    f"{max(shares):.1%}. Lower min_valid, or see `timo data check`{beyond}"
                 )
 
     def __len__(self) -> int:
@@ -119,6 +122,11 @@ class WindowedSeries(SeriesDataset):
         elif mask is not None:
             sample["mask"] = torch.from_numpy(mask)
         if one.name in self._listed:
+            if "mask" in sample:
+                raise DataError(
+                    f"series {one.name!r}: has a mask, and a label in {LABELS}; move one of them "
+                    "away, for it is either mapped or classified"
+                )
             sample["label"] = self._listed[one.name].clone()
         if self._cut:
             sample["window"] = (row, col)

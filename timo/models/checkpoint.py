@@ -270,11 +270,14 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike, format: str = "na
         state = {published(k, prefix): v for k, v in state.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        readers = temporary.stat().st_mode  # as for any file; safetensors lets only the owner read
         if format == "published":
             torch.save({"model": state}, temporary)
         else:
             config = json.dumps(getattr(model, "config", None))
             save_file(state, temporary, metadata={"format": "timo", "config": config})
+        temporary.chmod(readers)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -304,7 +307,8 @@ def model_from_checkpoint(path: str | os.PathLike) -> nn.Module:
 def read_checkpoint(path: Path, metadata: dict | None = None) -> Mapping:
     """The content of a checkpoint file; `metadata` is filled from a safetensors header."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file")
+        file = f"; give a file in it, as {path / 'model.safetensors'}" if path.is_dir() else ""
+        raise FileNotFoundError(f"{path} is not a file{file}")
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as file:

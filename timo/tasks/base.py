@@ -12,9 +12,12 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from timo.data import DataError, SeriesDataset
+from timo.data import DataError, SeriesDataset, physical
+from timo.data.contract import evenly_spaced
 from timo.data.transforms import sample_generator
 from timo.tasks.data import SeriesData
+
+FAR = 20  # deviations; snow is some 6 from a green landscape
 
 
 def read_description(path: Path) -> dict:
@@ -77,7 +80,15 @@ class SeriesTask(LightningModule):
         self.warmup, self.schedule = warmup, schedule
         given = {"mean": mean, "deviation": deviation, "scale": scale, "offset": offset}
         for name, value in given.items():
-            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32).clone())
+            numbers = torch.as_tensor(value, dtype=torch.float32).clone()
+            if numbers.shape != (len(self.bands),) or (
+                name == "deviation" and (numbers <= 0).any()
+            ):
+                raise ValueError(
+                    f"{name} is {value}; it must be a number for each of the bands {self.bands}"
+                    f"{', above 0' if name == 'deviation' else ''}"
+                )
+            self.register_buffer(name, numbers)
 
     def input_units(self) -> tuple[Tensor, Tensor]:
         """(scale, offset), (C,) each: raw * scale + offset is what the model sees."""
@@ -88,7 +99,7 @@ class SeriesTask(LightningModule):
         if tuple(dataset.bands) != self.bands:
             raise DataError(
                 f"data has bands {tuple(dataset.bands)}; this model reads {self.bands}: select= "
-                "the same bands in the same order"
+                "the same bands in the same order; bands= names those of files that do not"
             )
         if self.units is not None and dataset.units != self.units:
             raise DataError(
@@ -97,6 +108,28 @@ class SeriesTask(LightningModule):
             )
         self.scale.copy_(dataset.scale)
         self.offset.copy_(dataset.offset)
+
+    def check_range(self, dataset: SeriesDataset, samples: int = 4) -> None:
+        """DataError where a band's mean lies further from that of training than any scene does.
+
+        Judged by `samples` samples, evenly spaced; where none has a valid pixel nothing is said.
+        """
+        for index in evenly_spaced(len(dataset), samples):
+            sample = dataset[index]
+            pixels = physical(sample["image"], dataset.scale, dataset.offset).movedim(1, -1)
+            pixels = pixels[sample["valid"]]  # [pixels, C]
+            if not len(pixels):
+                continue
+            found = pixels.double().mean(0).float()
+            far = (found - self.mean.cpu()).abs() > FAR * self.deviation.cpu()
+            if far.any():
+                band = int(far.nonzero()[0])
+                raise DataError(
+                    f"series {sample['name']}: band {self.bands[band]} has values of "
+                    f"{found[band]:.4g} on average, those that the model was trained on "
+                    f"{self.mean[band]:.4g} ± {self.deviation[band]:.4g}; state scale=, offset= "
+                    "and nodata= as in training, which the config.yaml of the run shows"
+                )
 
     @property
     def _data(self) -> SeriesData:

@@ -54,10 +54,21 @@ def load_run(run: str | Path, dataset: SeriesDataset, best: bool = False) -> Ser
             f"{run / TASK}: is damaged (kind is {kind!r}), or of another version of timo; copy it "
             "again from its run"
         )
-    task = KINDS[kind](scale=dataset.scale, offset=dataset.offset, **described)
+    bands = len(described["bands"])
+    try:
+        task = KINDS[kind](scale=[1.0] * bands, offset=[0.0] * bands, **described)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{run / TASK}: is damaged ({error}); copy it again") from error
     task.units = units
     task.read_from(dataset)
-    load_checkpoint(task.model, run / (BEST if best else MODEL))
+    task.check_range(dataset)
+    weights = run / (BEST if best else MODEL)
+    report = load_checkpoint(task.model, weights)
+    if others := [*report.left_out, *report.missing_expected]:
+        raise DataError(
+            f"{weights}: is not of this run, by {others[0]} and {len(others) - 1} more; copy it "
+            f"again from where {TASK} came from"
+        )
     return task.eval()
 
 

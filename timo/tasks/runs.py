@@ -102,6 +102,8 @@ def fit(
 
 def _clear(out: Path) -> None:
     """Make way for a new run; ValueError where anything else than a mere start lies there."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file; name a folder")
     if not out.is_dir():
         return
     names = {path.name for path in out.iterdir()}

@@ -62,6 +62,7 @@ class SegmentationTask(SupervisedTask):
             return logits.flatten(0, 1), labels.flatten(0, 1)
         if labels.ndim == 4:
             raise ValueError(
-                f"mask has shape {tuple(labels.shape)}, a map for every date; use per_frame=True"
+                f"mask has shape {tuple(labels.shape)}, a map for every date, but the model gives "
+                "one for the series (per_frame=False); fine-tune on masks of dates, or use mask.tif"
             )
         return logits, labels

@@ -85,6 +85,8 @@ class SupervisedTask(SeriesTask, ABC):
             raise ValueError(f'scores is {scores!r}; it must be "mean" or "weighted"')
         self.scores = scores
         self.classes, self.per_frame = tuple(classes), per_frame
+        if len({*self.classes}) < len(self.classes):
+            raise ValueError(f"classes is {self.classes}; every name must be another")
         if class_weights is not None and len(class_weights) != len(self.classes):
             raise ValueError(
                 f"class_weights has {len(class_weights)} values; it must have one for each of the "
@@ -159,7 +161,8 @@ class SupervisedTask(SeriesTask, ABC):
         if self.target not in batch:
             raise DataError(
                 f"series {', '.join(sorted(set(batch['name'])))}: has no {self.target}, which a "
-                f"{self.kind} run needs; add mask rasters or labels=, or leave the series out"
+                f"{self.kind} run needs; add mask rasters or labels=, for classification "
+                "labels.csv, or leave the series out"
             )
         labels = batch[self.target]
         unknown = ((labels < 0) | (labels >= len(self.classes))) & (labels != IGNORE_INDEX)
@@ -235,8 +238,9 @@ class SupervisedTask(SeriesTask, ABC):
     def on_test_epoch_end(self) -> None:
         if not self._labelled:
             raise DataError(
-                f"data: every {self.target} is 255 wherever pixels are valid, so there is nothing "
-                "to measure; use series with labels, or another ignore_label="
+                f"data: there is nothing to measure, for every {self.target} is 255, or lies where "
+                "no pixel is valid; use series with labels, or another ignore_label=, and see "
+                "`timo data check`"
             )
         self._log(self.test_metrics)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from timo.data import IGNORE_INDEX, DataError, SeriesDataset, collate_series, physical
 from timo.data.contract import atomic_output, evenly_spaced
 from timo.data.page import figure
+from timo.data.series import WindowedSeries
 from timo.models.classifier import mean_of_valid
 from timo.tasks.base import SeriesTask
 from timo.tasks.classification import ClassificationTask
@@ -29,6 +30,7 @@ class Row:
 
     Attributes:
         name, window: as in the sample; no window where it has none.
+        size: (rows, columns) of the sample.
         label: of the series, or of the date; None where the sample has none of that kind.
         start, end: first and last acquisition date, the same of a single date.
         values: (D,) float32, finite; None where no pixel is valid.
@@ -36,6 +38,7 @@ class Row:
 
     name: str
     window: tuple[int, int] | None
+    size: tuple[int, int]
     label: int | None
     start: np.datetime64
     end: np.datetime64
@@ -82,6 +85,7 @@ def _rows_of(sample: dict, usable: Tensor, values: np.ndarray, per_frame: bool) 
     days = sample["dates"].numpy().astype("datetime64[D]")
     window, label = sample.get("window"), sample.get("label")
     place = None if window is None else (int(window[0]), int(window[1]))
+    high, wide = sample["image"].shape[2:]
     if label is not None and label.ndim != per_frame:
         label = None
     for t in range(len(days)) if per_frame else [None]:
@@ -96,7 +100,7 @@ def _rows_of(sample: dict, usable: Tensor, values: np.ndarray, per_frame: bool) 
                     "that it was trained on"
                 )
         one = None if label is None else int(label if t is None else label[t])
-        yield Row(sample["name"], place, one, days[part][0], days[part][-1], row)
+        yield Row(sample["name"], place, (high, wide), one, days[part][0], days[part][-1], row)
 
 
 def embed_series(
@@ -119,6 +123,8 @@ def embed_series(
     Returns:
         embedding (R, D) float32, NaN where no pixel is valid; name (R,); start and end (R,)
         datetime64[D]; window (R, 2) int64, upper left pixels, where samples were cut from rasters;
+        of georeferenced rasters bounds (R, 4) float64, left, bottom, right and top in the
+        coordinates of crs (R,), which is WKT;
         label (R,) int64, 255 where there is none, if any sample has one of what a row is.
 
     Raises:
@@ -144,10 +150,22 @@ def embed_series(
     windows, labels = [row.window for row in rows], [row.label for row in rows]
     if None not in windows:
         table["window"] = np.array(windows, np.int64)
+    if isinstance(dataset, WindowedSeries) and all(s.crs for s in dataset.series):
+        of_name = {series.name: series for series in dataset.series}
+        table["bounds"] = np.array([_bounds(row, of_name[row.name].transform) for row in rows])
+        table["crs"] = np.array([of_name[row.name].crs.to_wkt() for row in rows])
     if any(label is not None for label in labels):
         known = [IGNORE_INDEX if label is None else label for label in labels]
         table["label"] = np.array(known, np.int64)
     return table
+
+
+def _bounds(row: Row, transform: Any) -> tuple[float, float, float, float]:
+    """Left, bottom, right and top of a row's pixels by the affine transform of its raster."""
+    top, left = row.window or (0, 0)
+    corners = [transform * (left + x, top + y) for x in (0, row.size[1]) for y in (0, row.size[0])]
+    across, along = zip(*corners)
+    return min(across), min(along), max(across), max(along)
 
 
 def predict_classes(
@@ -189,7 +207,8 @@ def predict_classes(
 def picture(table: dict[str, np.ndarray]):
     """A matplotlib figure of the first two principal components of embeddings.
 
-    Points are coloured by label where there are some, those of 255 grey, else by date.
+    Points are coloured by label where there are some, those of 255 grey; else by date, or where a
+    series has one date as all of its rows do, by series.
 
     Args:
         table: as from `embed_series`; of many rows `SHOWN` are drawn, evenly spaced.
@@ -211,24 +230,28 @@ def picture(table: dict[str, np.ndarray]):
     shares[: len(spread)] = spread[:2] ** 2 / max((spread**2).sum(), np.finfo(np.float64).tiny)
     axes.set_xlabel(f"principal component 1, {shares[0]:.0%} of variance")
     axes.set_ylabel(f"principal component 2, {shares[1]:.0%} of variance")
+    names, starts = table["name"][chosen], table["start"][chosen].astype("datetime64[D]")
     if "label" in table:
-        _draw_labels(drawn, axes, points, table["label"][chosen])
-        return drawn
-    years = 1970 + table["start"][chosen].astype("datetime64[D]").astype(np.int64) / 365.25
-    dots = axes.scatter(*points.T, c=years, s=10, cmap="viridis")
-    drawn.colorbar(dots, ax=axes, label="first date (year)")
+        _draw_groups(drawn, axes, points, table["label"][chosen], "label")
+    elif len({*zip(names, starts)}) == len({*names}) > 1:
+        _draw_groups(drawn, axes, points, names, "series")
+    else:
+        years = 1970 + starts.astype(np.int64) / 365.25
+        dots = axes.scatter(*points.T, c=years, s=10, cmap="viridis")
+        bar = drawn.colorbar(dots, ax=axes, label="first date (year)")
+        bar.formatter.set_useOffset(False)
     return drawn
 
 
-def _draw_labels(drawn, axes, points: np.ndarray, labels: np.ndarray) -> None:
-    """Points (R, 2) in a colour for each label, with a legend; 255 below them, in grey."""
+def _draw_groups(drawn, axes, points: np.ndarray, group: np.ndarray, title: str) -> None:
+    """Points (R, 2) in a colour for each group, with a legend of up to 40; 255 is none, in grey."""
     from matplotlib import colormaps
 
-    classes = np.unique(labels[labels != IGNORE_INDEX])
-    colours = colormaps["tab20" if len(classes) <= 20 else "turbo"].resampled(max(1, len(classes)))
-    groups = [(int(label), colours(i)) for i, label in enumerate(classes)]
-    for label, colour in [(IGNORE_INDEX, "lightgrey"), *groups]:
-        if (labels == label).any():
-            title = "no label" if label == IGNORE_INDEX else str(label)
-            axes.scatter(*points[labels == label].T, color=colour, s=10, label=title)
-    drawn.legend(loc="outside right upper", ncols=1 + len(classes) // 25, title="label")
+    known = np.unique(group[group != IGNORE_INDEX] if group.dtype.kind == "i" else group)
+    colours = colormaps["tab20" if len(known) <= 20 else "turbo"].resampled(max(1, len(known)))
+    if len(known) < len(np.unique(group)):
+        axes.scatter(*points[group == IGNORE_INDEX].T, color="lightgrey", s=10, label="none")
+    for i, one in enumerate(known):
+        axes.scatter(*points[group == one].T, color=colours(i), s=10, label=str(one))
+    if len(known) <= 40:
+        drawn.legend(loc="outside right upper", title=title)
