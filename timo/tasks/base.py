@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,8 @@ class SeriesTask(LightningModule):
         self.scale.copy_(dataset.scale)
         self.offset.copy_(dataset.offset)
 
-    def check_range(self, dataset: SeriesDataset, samples: int = 4) -> None:
-        """DataError where a band's mean lies further from that of training than any scene does.
+    def warn_of_range(self, dataset: SeriesDataset, samples: int = 4) -> None:
+        """Warn where a band's mean lies much further from that of training than scenes do.
 
         Judged by `samples` samples, evenly spaced; where none has a valid pixel nothing is said.
         """
@@ -124,12 +125,14 @@ class SeriesTask(LightningModule):
             far = (found - self.mean.cpu()).abs() > FAR * self.deviation.cpu()
             if far.any():
                 band = int(far.nonzero()[0])
-                raise DataError(
+                warnings.warn(
                     f"series {sample['name']}: band {self.bands[band]} has values of "
                     f"{found[band]:.4g} on average, those that the model was trained on "
-                    f"{self.mean[band]:.4g} ± {self.deviation[band]:.4g}; state scale=, offset= "
-                    "and nodata= as in training, which the config.yaml of the run shows"
+                    f"{self.mean[band]:.4g} ± {self.deviation[band]:.4g}; results may mean "
+                    "nothing. Are scale=, offset= and nodata= those of training (config.yaml)?",
+                    stacklevel=2,
                 )
+                return
 
     @property
     def _data(self) -> SeriesData:

@@ -40,6 +40,8 @@ def load_run(run: str | Path, dataset: SeriesDataset, best: bool = False) -> Ser
 
     Raises:
         DataError: the folder holds no finished run, or bands or units differ.
+
+    Warns where the values of `dataset` lie far from those that the run was trained on.
     """
     run = Path(run)
     for name in (MODEL, TASK):
@@ -61,7 +63,7 @@ def load_run(run: str | Path, dataset: SeriesDataset, best: bool = False) -> Ser
         raise DataError(f"{run / TASK}: is damaged ({error}); copy it again") from error
     task.units = units
     task.read_from(dataset)
-    task.check_range(dataset)
+    task.warn_of_range(dataset)
     weights = run / (BEST if best else MODEL)
     report = load_checkpoint(task.model, weights)
     if others := [*report.left_out, *report.missing_expected]:
