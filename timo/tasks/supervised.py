@@ -112,14 +112,7 @@ class SupervisedTask(SeriesTask, ABC):
                 _same_bands(Path(pretrained), self.bands)
             self.pretrained_report = load_checkpoint(self.model, pretrained, fresh or ())
             if freeze:
-                self._kept = {*self.pretrained_report.mapped.values()}
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name not in self._kept)
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError(
-                f"freeze is true, and {pretrained} holds every weight, so that nothing is left to "
-                'train; name what is to be new in fresh, as "classifier" or "head"'
-            )
+                self._freeze(pretrained, {*self.pretrained_report.mapped.values()})
         weights = None
         if class_weights is not None:
             weights = torch.tensor(class_weights, dtype=torch.float32)
@@ -129,6 +122,19 @@ class SupervisedTask(SeriesTask, ABC):
         self.val_weight = SumMetric(nan_strategy="disable")
         self.val_metrics = self.metrics().clone("val/")
         self.test_metrics = self.metrics().clone("test/")
+
+    def _freeze(self, pretrained: str, kept: set[str]) -> None:
+        """Keep the weights of these names; ValueError where no other is left."""
+        new = [p for name, p in self.model.named_parameters() if name not in kept]
+        if not new:
+            raise ValueError(
+                f"freeze is true, and {pretrained} holds every weight, so that nothing is left to "
+                'train; name what is to be new in fresh, as "classifier" or "head"'
+            )
+        self._kept = kept
+        self.model.requires_grad_(False)
+        for parameter in new:
+            parameter.requires_grad_(True)
         self.train()
 
     def train(self, mode: bool = True) -> Self:

@@ -124,7 +124,7 @@ def embed_series(
         embedding (R, D) float32, NaN where no pixel is valid; name (R,); start and end (R,)
         datetime64[D]; window (R, 2) int64, upper left pixels, where samples were cut from rasters;
         of georeferenced rasters bounds (R, 4) float64, left, bottom, right and top in the
-        coordinates of crs (R,), which is WKT;
+        coordinates of crs (R,), as EPSG:32718, or WKT where it has no code;
         label (R,) int64, 255 where there is none, if any sample has one of what a row is.
 
     Raises:
@@ -151,9 +151,10 @@ def embed_series(
     if None not in windows:
         table["window"] = np.array(windows, np.int64)
     if isinstance(dataset, WindowedSeries) and all(s.crs for s in dataset.series):
-        of_name = {series.name: series for series in dataset.series}
-        table["bounds"] = np.array([_bounds(row, of_name[row.name].transform) for row in rows])
-        table["crs"] = np.array([of_name[row.name].crs.to_wkt() for row in rows])
+        transforms = {series.name: series.transform for series in dataset.series}
+        systems = {series.name: series.crs.to_string() for series in dataset.series}
+        table["bounds"] = np.array([_bounds(row, transforms[row.name]) for row in rows])
+        table["crs"] = np.array([systems[row.name] for row in rows])
     if any(label is not None for label in labels):
         known = [IGNORE_INDEX if label is None else label for label in labels]
         table["label"] = np.array(known, np.int64)
