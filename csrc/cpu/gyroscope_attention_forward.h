@@ -103,19 +103,26 @@ void forward_task(const GyroscopeArgs& a, const ForwardPlan& plan, const Forward
   const List queries{keys.at + part * plan.queries,
                      std::min(plan.queries, keys.count - part * plan.queries)};
   if (own.count <= 0 || queries.count <= 0) return;
-  attend<Stored>(a, b, h, queries, keys, own, masks, w, w.sums);
-  if (masks) attend_late<Stored>(a, b, h, queries, keys, own, w);
   const int64_t values = value_rows(own.count, a.D), columns = values + (masks ? own.count : 0);
-  for (int64_t i = 0; i < queries.count; i += lanes) {
-    const int64_t panel = i / width, lane = i % width;
-    const float* S = w.sums.S + panel * columns * width + lane;
-    const F logs = Tier::load(w.sums.reference + i) + log2(Tier::load(w.sums.mass + i));
-    const float* references = masks ? w.references + panel * own.count * width + lane
-                                    : w.sums.reference + i;
-    const float* mass = masks ? S + values * width : w.sums.mass + i;
-    finish<Stored>(a, b, h, queries, i, dates, tile, own.count, w, S, references, mass,
-                   masks ? width : 0, logs);
-  }
+  auto merge = [&](int64_t panel) {
+    const int64_t end = std::min(queries.count, (panel + 1) * width);
+    for (int64_t i = panel * width; i < end; i += lanes) {
+      const int64_t lane = i % width;
+      const float* S = w.sums.S + panel * columns * width + lane;
+      const F logs = Tier::load(w.sums.reference + i) + log2(Tier::load(w.sums.mass + i));
+      const float* references = masks ? w.references + panel * own.count * width + lane
+                                      : w.sums.reference + i;
+      const float* mass = masks ? S + values * width : w.sums.mass + i;
+      finish<Stored>(a, b, h, queries, i, dates, tile, own.count, w, S, references, mass,
+                     masks ? width : 0, logs);
+    }
+  };
+  attend<Stored>(a, b, h, queries, keys, own, masks, w, w.sums, [&](int64_t panel) {
+    if (!masks) merge(panel);  // while its sums are in the caches
+  });
+  if (!masks) return;
+  attend_late<Stored>(a, b, h, queries, keys, own, w);
+  for (int64_t panel = 0; panel * width < queries.count; ++panel) merge(panel);
 }
 
 template <class Stored>

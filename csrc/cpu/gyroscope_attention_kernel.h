@@ -161,7 +161,7 @@ TIMO_INLINE void fetch(const Strided& x, int64_t b, int64_t t, int64_t h, const 
   const Stored* const base = at<Stored>(x, b, t, 0, h);
   for (int64_t i = 0; i < count; ++i) {
     const Stored* const row = base + position[i] * x.stride[2];
-    for (int64_t d = 0; d < D; d += 64 / sizeof(Stored)) __builtin_prefetch(row + d);
+    for (int64_t d = 0; d < D; d += 64 / sizeof(Stored)) __builtin_prefetch(row + d, 0, 2);
   }
 }
 

@@ -219,10 +219,10 @@ void pack_block(const GyroscopeArgs& a, int64_t b, int64_t h, List keys, List da
 }
 
 // Sums over `keys` for `queries` and `dates`; with `masks`, only the keys that each date can use, and
-// their mass beside the values.
-template <class Stored>
+// their mass beside the values. `complete(panel)` is called as soon as a panel has all its sums.
+template <class Stored, class Complete>
 void attend(const GyroscopeArgs& a, int64_t b, int64_t h, List queries, List keys, List dates,
-            bool masks, const ForwardScratch& w, const Sums& sums) {
+            bool masks, const ForwardScratch& w, const Sums& sums, const Complete& complete) {
   const int64_t D = a.D, more = masks ? dates.count : 0;
   const int64_t columns = value_rows(dates.count, D) + more;
   const int64_t panels = (queries.count + width - 1) / width;
@@ -236,8 +236,10 @@ void attend(const GyroscopeArgs& a, int64_t b, int64_t h, List queries, List key
   }
   std::fill_n(sums.S, panels * columns * width, 0.f);
   std::fill_n(sums.mass, panels * width, 0.f);
-  for (int64_t m = 0; m < keys.count; m += key_block) {
-    const List block{keys.at + m, std::min(key_block, keys.count - m)};
+  const int64_t blocks = (keys.count + key_block - 1) / key_block;  // of one size: no short last one
+  const int64_t size = round_up((keys.count + blocks - 1) / blocks, group);
+  for (int64_t m = 0; m < keys.count; m += size) {
+    const List block{keys.at + m, std::min(size, keys.count - m)};
     pack_block<Stored>(a, b, h, block, dates, masks, w);
     for (int64_t i = 0; i < panels; ++i) {
       const auto run = queries.count - i * width > 2 * lanes ? step<3>
@@ -245,6 +247,7 @@ void attend(const GyroscopeArgs& a, int64_t b, int64_t h, List queries, List key
                                                              : step<1>;
       run(w, block.count, dates.count, more, D, energy_scale(a), w.queries + i * w.query_step,
           m == 0, sums.S + i * columns * width, sums.reference + i * width, sums.mass + i * width);
+      if (m + size >= keys.count) complete(i);
     }
   }
 }
@@ -269,7 +272,7 @@ void attend_late(const GyroscopeArgs& a, int64_t b, int64_t h, List queries, Lis
     List own{w.date_keys, 0};
     for (int64_t m = 0; m < keys.count; ++m)
       if (usable(a, b, dates.at[j], keys.at[m])) w.date_keys[own.count++] = keys.at[m];
-    attend<Stored>(a, b, h, late, own, {dates.at + j, 1}, false, w, w.late_sums);
+    attend<Stored>(a, b, h, late, own, {dates.at + j, 1}, false, w, w.late_sums, [](int64_t) {});
     for (int64_t i = 0; i < late.count; ++i) {
       const int64_t to = w.late_at[i], panel = to / width, lane = to % width;
       float* S = w.sums.S + panel * columns * width + lane;
