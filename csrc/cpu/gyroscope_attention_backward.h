@@ -8,6 +8,8 @@
 #pragma once
 #include <sched.h>
 
+#include <numeric>
+
 #include "cpu/gyroscope_attention_temporal.h"
 
 namespace timo {
@@ -59,9 +61,9 @@ struct Across {
 };
 
 // A block of queries: operands q [query][q_step] and dout [query][dout_step]; the same for sums over
-// queries; delta [query][date]; dq [query][dq_step].
+// queries; delta [query][date] and its sum over dates; dq [query][dq_step].
 struct Block {
-  float *q, *dout, *logs, *delta, *dq;
+  float *q, *dout, *logs, *delta, *total, *dq;
   Across q_across, dout_across;
 };
 
@@ -101,6 +103,7 @@ struct BackwardScratch {
       x->dout = c.take<float>(query_block * dout_step);
       x->logs = c.take<float>(query_block);
       x->delta = c.take<float>(query_block * delta_step);
+      x->total = c.take<float>(query_block);
       x->dq = c.take<float>(query_block * dq_step);
       const int64_t step = row_stride(query_block / pair);
       auto transpose = [&](int64_t channels) {
@@ -154,10 +157,10 @@ inline void sweep(const BackwardScratch& w, const Block& x, int64_t count, int64
         if (n + l >= count) continue;
         const int64_t at = (n + l) * width + j * lanes;
         const float* delta = x.delta + (n + l) * w.delta_step;
-        F dp = Tier::load(w.dE + at);
-        for (int64_t t = 0; t < dates; ++t)
-          dp -= seen ? Tier::load(seen + t * width + j * lanes) * delta[t] : Tier::set(delta[t]);
-        de[l] = Tier::load(w.P + at) * dp;
+        F total = seen ? F{} : Tier::set(x.total[n + l]);
+        for (int64_t t = 0; seen && t < dates; ++t)
+          total += Tier::load(seen + t * width + j * lanes) * delta[t];
+        de[l] = Tier::load(w.P + at) * (Tier::load(w.dE + at) - total);
         Tier::store(reinterpret_cast<Packed*>(w.dE_along + (n + l) * w.dE_step) + j * lanes, de[l]);
       }
       if (pair > 1)
@@ -289,6 +292,8 @@ void load_queries(const GyroscopeArgs& a, const BackwardScratch& w, const Group&
     }
     const int64_t used = dates.count * D;
     std::memset(to + used, 0, (filled(used) - used) * sizeof(Packed));
+    const float* delta = x.delta + i * w.delta_step;
+    x.total[i] = std::accumulate(delta, delta + dates.count, 0.f);
   }
   turn(w, x, queries.count, D, dates.count);
 }
