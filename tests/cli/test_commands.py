@@ -13,6 +13,7 @@ from tests.conftest import REPOSITORY
 from tests.data.writers import frames, write_rasters, write_tif
 from timo.cli import main
 from timo.tasks import SegmentationTask
+from timo.tasks.pictures import class_colours
 from timo.tasks.runs import save_model
 
 SMALL = json.dumps(
@@ -80,6 +81,13 @@ def test_the_whole_road(series, tmp_path, capsys):
                "--accelerator", "cpu", "--out", tmp_path / "scores.json") == 0  # fmt: skip
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert {"test/iou/land", "test/f1/water", "test/mean_iou", "test/accuracy"} <= set(scores)
+    counts = np.array(scores["confusion"]["counts"])
+    assert scores["confusion"]["classes"] == ["land", "water"] and counts.shape == (2, 2)
+    assert counts.trace() / counts.sum() == pytest.approx(scores["test/accuracy"])
+    assert counts[1, 1] / (counts[1].sum() + counts[:, 1].sum() - counts[1, 1]) == pytest.approx(
+        scores["test/iou/water"]
+    )
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
 
     for name, encoder in (("c", "a"), ("d", "b")):
         assert run("embed", "--run", tmp_path / encoder, *data, "--data.tile", 64, "--per_frame",
@@ -113,9 +121,27 @@ def test_the_whole_road(series, tmp_path, capsys):
     assert (shares.argmax(1)[known] == labels[known]).all()
     with rasterio.open(tmp_path / "maps" / "river_change.tif") as file:
         change = file.read(1)
+        assert file.descriptions == ("change 2001-07-01 to 2004-07-01",)
+        assert file.colormap(1)[1][:3] == class_colours(2)[1] != file.colormap(1)[3][:3]
     valid = labels[0] != 255
     assert (change[valid] == labels[0][valid] * 2 + labels[2][valid]).all()
     assert (change[~valid] == 255).all()
+    legend = json.loads((tmp_path / "maps" / "legend.json").read_text())
+    assert legend["colours"] == {"0": "#dcd5c0", "1": "#1f77b4"}
+    assert (tmp_path / "maps" / "river.png").read_bytes().startswith(b"\x89PNG")
+
+    later = ("predict", "--run", tmp_path / "b", *data, "--out", tmp_path / "later", "--change")
+    assert run(*later, "[2004-07-01, 2003-07-01]") == 0
+    with (
+        rasterio.open(tmp_path / "later" / "river.tif") as file,
+        rasterio.open(tmp_path / "later" / "river_change.tif") as changed,
+    ):
+        labels, change = file.read(), changed.read(1)
+        assert changed.descriptions == ("change 2003-07-01 to 2004-07-01",)
+    assert (change == labels[1] * 2 + labels[2])[(labels[1:] != 255).all(0)].all()
+    capsys.readouterr()
+    assert run(*later, "[2004-07-01, 2005-07-01]") == 2
+    assert "two acquisition dates of series river, which has 2001-07-01" in capsys.readouterr().err
 
 
 def test_resume_equals_an_uninterrupted_run(series, tmp_path):
@@ -163,8 +189,8 @@ def test_bad_input_is_one_message_and_leaves_results_alone(series, tmp_path, cap
     fails(2, "task.classes", finetune, series, tmp_path / "new", "--task.classes", "null")
     fails(2, "does not fit", finetune, series, tmp_path / "new", "--task.pretrained",
           out / "model.safetensors", "--task.model_options", "{}")  # fmt: skip
-    fails(2, "finished run", run, "predict", "--run", tmp_path, "--data", "RasterSeries",
-          "--data.root", series, "--out", tmp_path / "maps")  # fmt: skip
+    fails(2, "give the folder of a run", run, "predict", "--run", tmp_path, "--data",
+          "RasterSeries", "--data.root", series, "--out", tmp_path / "maps")  # fmt: skip
     fails(2, "of a pretraining run", run, "predict", "--run", out, "--data", "RasterSeries",
           "--data.root", series, "--out", tmp_path / "maps")  # fmt: skip
     fails(2, "no command", run, "train")

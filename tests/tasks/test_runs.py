@@ -133,6 +133,34 @@ def test_the_best_weights_are_kept_for_use(tmp_path):
         load_task(tmp_path, Scenes(), best=True)
 
 
+def test_a_stopped_run_is_of_use(tmp_path, interrupted):
+    with pytest.raises(DataError, match="model.safetensors: does not exist, nor does .*last.ckpt"):
+        load_task(tmp_path, Scenes())
+    with pytest.raises(KeyboardInterrupt):
+        fit(interrupted, data(), tmp_path, max_epochs=1, **QUIET)
+    with pytest.raises(DataError, match="model.safetensors: does not exist, nor does .*last.ckpt"):
+        load_task(tmp_path, Scenes())
+
+    full = tmp_path / "full"
+    fit(task(), data(watched=True), full, max_epochs=3, check_val_every_n_epoch=2, **QUIET)
+    expected = {best: load_task(full, Scenes(), best).model.state_dict() for best in (False, True)}
+    described = (full / "task.json").read_bytes()
+    (full / "model.safetensors").unlink()
+    (full / "best.safetensors").unlink()
+    for best, state in expected.items():
+        with pytest.warns(UserWarning, match="of a run that has not ended"):
+            read = load_task(full, Scenes(), best).model.state_dict()
+        assert all(torch.equal(x, state[name]) for name, x in read.items())
+    (full / "checkpoints" / "best.ckpt").unlink()
+    with pytest.raises(DataError, match="best.safetensors: does not exist, for no data.val"):
+        load_task(full, Scenes(), best=True)
+
+    early = tmp_path / "early"
+    with pytest.raises(KeyboardInterrupt):
+        fit(interrupted, data(), early, max_epochs=1, **QUIET)
+    assert (early / "task.json").read_bytes() == described
+
+
 @pytest.mark.parametrize("head", ["linear", "upernet"])
 def test_frozen_weights_stay_as_they_are(tmp_path, head):
     options = SMALL | {"head": head, "drop_path_rate": 0.5}

@@ -18,10 +18,10 @@ from timo.tasks import (
     PretrainingTask,
     SegmentationTask,
     embed_series,
+    pictures,
     predict_classes,
-    tables,
 )
-from timo.tasks.tables import picture
+from timo.tasks.pictures import embedding_picture as picture
 
 DECODER = {"decoder_embed_dim": 16, "decoder_num_heads": 2, "decoder_depth": 1}
 
@@ -234,7 +234,7 @@ def test_a_picture_shows_principal_components(monkeypatch):
     assert len(coloured) == 5  # four labels, and none
     table["label"] = np.arange(40)
     assert len(np.unique(points_of(picture(table))[:, 2:], axis=0)) == 39
-    monkeypatch.setattr(tables, "SHOWN", 10)
+    monkeypatch.setattr(pictures, "POINTS", 10)
     assert len(points_of(picture(table))) == 10
     for rows in (1, 2):
         few = {name: column[:rows] for name, column in table.items()}

@@ -27,15 +27,16 @@ from timo.tasks import (
     predict_series,
 )
 from timo.tasks.base import read_description
+from timo.tasks.pictures import class_colours, confusion_picture, embedding_picture
 from timo.tasks.runs import TASK, environment, write_json, write_text
-from timo.tasks.tables import picture
 
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Measure a fine-tuned model on labelled series: IoU (of maps), F1, accuracy.
 
     Pixels count once where windows overlap. A class that neither occurs nor is predicted has the
-    score nan, in the JSON file null.
+    score nan, in the JSON file null. The file also holds how often labels of each class (rows) were
+    predicted as each class (columns), which a picture beside it shows.
     """
     parser = series_parser("timo evaluate", evaluate.__doc__)
     _add_run(parser)
@@ -43,6 +44,9 @@ def evaluate(arguments: Sequence[str]) -> int:
     _add_batches(parser)
     parser.add_argument("--out", type=str, default=None, help="JSON file of the figures")
     options = parser.parse_args(arguments)
+    out = Path(options.out) if options.out else None
+    if out and out.suffix == ".png":
+        raise ValueError(f"out is {out}; name a JSON file, the picture is written beside it")
     dataset = parser.instantiate(options).data
     task = load_task(options.run, dataset, options.best)
     trainer = Trainer(accelerator=options.accelerator, logger=False, devices=1)
@@ -50,10 +54,14 @@ def evaluate(arguments: Sequence[str]) -> int:
     (figures,) = trainer.test(task, datamodule=data, verbose=False)
     for name, value in figures.items():
         print(f"{name.removeprefix('test/'):24s} {value:.4f}")
-    if options.out:
+    if out:
         # JSON has no NaN.
         known = {k: v if math.isfinite(v) else None for k, v in figures.items()}
-        write_json(Path(options.out), known | {"data": data.splits()["test"]})
+        counts = task.confusion.compute().cpu().numpy()
+        confusion = {"classes": task.classes, "counts": counts.tolist()}
+        drawn = confusion_picture(counts, task.classes)
+        write_json(out, known | {"confusion": confusion, "data": data.splits()["test"]})
+        _save(drawn, out.with_suffix(".png"))
     return 0
 
 
@@ -75,7 +83,11 @@ def predict(arguments: Sequence[str]) -> int:
     )
     _add_batches(parser)
     parser.add_argument("--out", type=str, required=True, help="folder of the results")
-    parser.add_argument("--change", type=bool, default=False, help="also <series>_change.tif")
+    parser.add_argument(
+        "--change", type=bool | list[str], default=False,
+        help="also <series>_change.tif, from the first date to the last, or between two dates: "
+        "[2019-07-01, 2020-07-01]",
+    )  # fmt: skip
     parser.add_argument(
         "--probabilities", type=bool, default=False, help="also <series>_probabilities.tif"
     )
@@ -103,13 +115,19 @@ def predict(arguments: Sequence[str]) -> int:
     dataset = parser.instantiate(options).data
     task = load_segmenter(options.run, dataset, options.best).to(_device(options.accelerator))
     out = _folder(options.out)
+    between = options.change if isinstance(options.change, list) else None
     for number, series in enumerate(dataset.series):
-        path = out / f"{series.name}.tif"
+        path, picture = out / f"{series.name}.tif", out / f"{series.name}.png"
         change = out / f"{series.name}_change.tif" if options.change else None
         shares = out / f"{series.name}_probabilities.tif" if options.probabilities else None
-        predict_series(task, dataset, path, overlap, number, change, options.batch_size, shares)
-        print(*filter(None, (path, change, shares)), sep="\n")
-    legend = {"labels": dict(enumerate(task.classes)), "nodata": 255}
+        predict_series(
+            task, dataset, path, overlap, number, change, options.batch_size, shares, between,
+            picture,
+        )  # fmt: skip
+        print(*filter(None, (path, picture, change, shares)), sep="\n")
+    colours = [f"#{bytes(colour).hex()}" for colour in class_colours(len(task.classes))]
+    legend: dict = {"labels": dict(enumerate(task.classes)), "nodata": 255}
+    legend["colours"] = dict(enumerate(colours))
     if options.change:
         pairs = enumerate((a, b) for a in task.classes for b in task.classes)
         legend["change"] = {code: f"{a} to {b}" for code, (a, b) in pairs}
@@ -154,16 +172,20 @@ def embed(arguments: Sequence[str]) -> int:
     task = load_run(options.run, dataset, options.best).to(_device(options.accelerator))
     out = _folder(options.out)
     table = embed_series(task, dataset, options.per_frame, options.batch_size)
-    drawn = picture(table)
+    drawn = embedding_picture(table)
     write_text(out / "config.yaml", parser.dump(options, skip_unset=True))
     write_json(out / "environment.json", environment())
     with atomic_output(out / "embeddings.npz") as partial:
         np.savez(partial, **table)  # type: ignore[arg-type]
-    with atomic_output(out / "embeddings.png") as partial:
-        drawn.savefig(partial, dpi=150)
+    _save(drawn, out / "embeddings.png")
     rows, channels = table["embedding"].shape
     print(f"{rows} embeddings of {channels} channels are in {out / 'embeddings.npz'}")
     return 0
+
+
+def _save(drawn, path: Path) -> None:
+    with atomic_output(path) as partial:
+        drawn.savefig(partial, format="png", dpi=150)
 
 
 def _folder(path: str) -> Path:

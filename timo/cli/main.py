@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+    warnings.formatwarning = lambda message, *_, **__: f"timo {name}: {message}\n"
     try:
         command = getattr(importlib.import_module(module), function)
         return command(arguments[words:]) or 0

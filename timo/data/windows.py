@@ -116,6 +116,8 @@ class GeoTiffWriter:
         crs, transform: georeference, as RasterSeries states it; None for none.
         nodata: value of pixels without data.
         descriptions: band names, such as dates or classes, one for each band.
+        colours: red, green and blue (0 ... 255) of the values 0, 1, ... of a single band of uint8;
+            TIFF has none for several bands.
 
     Raises:
         DataError: at the end of the block, where the file was not written whole (a full disk).
@@ -130,12 +132,14 @@ class GeoTiffWriter:
         transform=None,
         nodata: float | None = None,
         descriptions: Sequence[str] | None = None,
+        colours: Sequence[tuple[int, int, int]] | None = None,
     ):
         if descriptions is not None and len(descriptions) != shape[0]:
             raise ValueError(
                 f"descriptions: must name {shape[0]} bands, got {len(descriptions)} names"
             )
         self.path, self.shape, self.descriptions = Path(path), shape, descriptions
+        self.colours = colours
         self.profile = {
             "driver": "GTiff", "count": shape[0], "height": shape[1], "width": shape[2],
             "dtype": dtype, "crs": crs, "transform": transform, "nodata": nodata,
@@ -153,6 +157,8 @@ class GeoTiffWriter:
                 warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
                 self._file = stack.enter_context(rasterio.open(partial, "w", **self.profile))
             self._stack = stack.pop_all()
+        if self.colours is not None:
+            self._file.write_colormap(1, dict(enumerate(self.colours)))
         for number, text in enumerate(self.descriptions or (), 1):
             self._file.set_band_description(number, text)
         return self

@@ -1,6 +1,6 @@
 """Maps from a trained segmenter: window by window, blended, written as GeoTIFF."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from math import nan
 from pathlib import Path
@@ -12,13 +12,14 @@ from torch.utils.data import DataLoader, Subset
 
 from timo import load_checkpoint
 from timo.data import IGNORE_INDEX, DataError, GeoTiffWriter, blend, collate_series
-from timo.data.contract import SeriesDataset
+from timo.data.contract import SeriesDataset, atomic_output, evenly_spaced
 from timo.data.series import WindowedSeries
 from timo.tasks.base import SeriesTask, read_description
 from timo.tasks.classification import ClassificationTask
 from timo.tasks.data import compact_valid
+from timo.tasks.pictures import MAPS, PIXELS, change_colours, class_colours, map_picture
 from timo.tasks.pretraining import PretrainingTask
-from timo.tasks.runs import BEST, MODEL, TASK
+from timo.tasks.runs import TASK, weights_of
 from timo.tasks.segmentation import SegmentationTask
 from timo.tasks.supervised import SupervisedTask
 
@@ -33,22 +34,21 @@ def load_run(run: str | Path, dataset: SeriesDataset, best: bool = False) -> Ser
     """The task that a run left, in evaluation mode, set to read `dataset`'s raw units.
 
     Args:
-        run: folder with model.safetensors and task.json, as `timo pretrain` and `timo finetune`
-            leave it.
+        run: folder of `timo pretrain` or `timo finetune`. The weights of a run that has not ended
+            are those of its last checkpoint.
         dataset: what it will read; must have the bands and units that it was trained on.
-        best: take best.safetensors, the weights of the least validation loss, not the last ones.
+        best: take the weights of the least validation loss, not the last ones.
 
     Raises:
-        DataError: the folder holds no finished run, or bands or units differ.
+        DataError: the folder holds no run, or none with weights, or bands or units differ.
 
-    Warns where the values of `dataset` lie far from those that the run was trained on.
+    Warns where the run has not ended, and where the values of `dataset` lie far from those that it
+    was trained on.
     """
     run = Path(run)
-    for name in (MODEL, TASK):
-        if not (run / name).is_file():
-            raise DataError(f"{run / name}: does not exist; give the folder of a finished run")
-    if best and not (run / BEST).is_file():
-        raise DataError(f"{run / BEST}: does not exist, for no data.val was watched; omit --best")
+    weights = weights_of(run, best)
+    if not (run / TASK).is_file():
+        raise DataError(f"{run / TASK}: does not exist; give the folder of a run")
     described = read_description(run / TASK)
     kind, units = described.pop("kind", None), described.pop("units", None)
     if kind not in KINDS or (kind is None) == ("classes" in described):
@@ -64,7 +64,6 @@ def load_run(run: str | Path, dataset: SeriesDataset, best: bool = False) -> Ser
     task.units = units
     task.read_from(dataset)
     task.warn_of_range(dataset)
-    weights = run / (BEST if best else MODEL)
     report = load_checkpoint(task.model, weights)
     if others := [*report.left_out, *report.missing_expected]:
         raise DataError(
@@ -139,20 +138,24 @@ def predict_series(
     change: str | Path | None = None,
     batch_size: int = 4,
     probabilities: str | Path | None = None,
+    between: Sequence[str] | None = None,
+    picture: str | Path | None = None,
 ) -> None:
     """Write the label map of one series as GeoTIFF, and optionally what changed and how sure.
 
     Args:
         task, dataset, overlap, number, batch_size: see `predict_strips`.
         out: GeoTIFF, uint8, nodata 255: a band for each date (per frame), or one band.
-        change: GeoTIFF of change between the first and the last date, uint8, nodata 255:
-            first label * classes + last label. Needs a model that predicts per frame.
+        change: GeoTIFF of change between two dates, uint8, nodata 255: label at the earlier one *
+            classes + label at the later one. Needs a model that predicts per frame.
         probabilities: GeoTIFF, float32, nodata NaN, of the softmax of the logits whose greatest is
             the label: a band for each class, per frame all classes of a date after the other.
+        between: the two acquisition dates of `change`, as 2020-01-31; None for first and last.
+        picture: PNG of the map, small; of many dates some, evenly spaced.
 
     Raises:
         ValueError: `change` asked of a model that predicts one map for the series, or more than
-            15 classes, whose pairs uint8 cannot hold.
+            15 classes, whose pairs uint8 cannot hold; or `between` is no two dates of the series.
     """
     series, classes = dataset.series[number], len(task.classes)
     if change and (not task.per_frame or classes > 15):
@@ -161,27 +164,57 @@ def predict_series(
             f"this one has per_frame={task.per_frame} and {classes} classes"
         )
     days = [str(d) for d in series.dates.astype("datetime64[D]")]
+    first, last = _positions(series.name, days, between)
     span = f"{days[0]} to {days[-1]}"
     bands = days if task.per_frame else [span]
+    colours = class_colours(classes)
+    step = -(-max(series.height, series.width) // PIXELS)  # of pixels in the picture
+    shown, small = evenly_spaced(len(bands), MAPS), []
     with ExitStack() as stack:
 
-        def opened(path: str | Path, names: list[str], dtype: str, nodata: float) -> GeoTiffWriter:
+        def opened(
+            path: str | Path, names: list[str], dtype: str, nodata: float, colours=None
+        ) -> GeoTiffWriter:
             shape = (len(names), series.height, series.width)
+            where = series.crs, series.transform
             return stack.enter_context(
-                GeoTiffWriter(path, shape, dtype, series.crs, series.transform, nodata, names)
+                GeoTiffWriter(path, shape, dtype, *where, nodata, names, colours)
             )
 
-        labels_file = opened(out, bands, "uint8", IGNORE_INDEX)
-        change_file = change and opened(change, [f"change {span}"], "uint8", IGNORE_INDEX)
+        single = colours if len(bands) == 1 else None
+        labels_file = opened(out, bands, "uint8", IGNORE_INDEX, single)
+        between_them = [f"change {days[first]} to {days[last]}"]
+        change_file = change and opened(
+            change, between_them, "uint8", IGNORE_INDEX, change_colours(classes)
+        )
         shares_file = probabilities and opened(
             probabilities, [f"{b} {name}" for b in bands for name in task.classes], "float32", nan
         )
         for row, labels, logits in predict_strips(task, dataset, number, overlap, batch_size):
             labels_file.write(labels, row)
+            small.append(labels[shown, -row % step :: step, ::step])
             if change_file:
-                change_file.write(change_codes(labels[0], labels[-1], classes), row)
+                change_file.write(change_codes(labels[first], labels[last], classes), row)
             if shares_file:
                 shares_file.write(logits.softmax(1).flatten(0, 1), row)
+    if picture:
+        panels = torch.cat(small, 1).numpy()
+        drawn = map_picture(panels, [bands[i] for i in shown], task.classes, colours)
+        with atomic_output(picture) as partial:
+            drawn.savefig(partial, format="png", dpi=120)
+
+
+def _positions(name: str, days: list[str], between: Sequence[str] | None) -> tuple[int, int]:
+    """Where two dates lie among those of a series, the earlier one first; None: its ends."""
+    if between is None:
+        return 0, len(days) - 1
+    if len(between) != 2 or any(day not in days for day in between):
+        raise ValueError(
+            f"change is between {' and '.join(map(str, between))}; it must be two acquisition "
+            f"dates of series {name}, which has {', '.join(days)}"
+        )
+    first, last = sorted(map(days.index, between))
+    return first, last
 
 
 def change_codes(first: Tensor, last: Tensor, classes: int) -> Tensor:

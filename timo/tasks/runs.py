@@ -5,6 +5,7 @@ import json
 import platform
 import shutil
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQ
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from timo import load_checkpoint, save_checkpoint
+from timo.data import DataError
 from timo.data.contract import atomic_output
 from timo.models.checkpoint import read_checkpoint
 from timo.tasks.base import SeriesTask
@@ -23,7 +25,7 @@ from timo.tasks.data import SeriesData
 MODEL, BEST, TASK = "model.safetensors", "best.safetensors", "task.json"
 LAST, BEST_STATE = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
 # What lies in the folder of a run that has no checkpoint yet.
-STARTED = {"config.yaml", "environment.json", "splits.json", "logs", "checkpoints"}
+STARTED = {"config.yaml", "environment.json", "splits.json", TASK, "logs", "checkpoints"}
 
 
 def fit(
@@ -83,7 +85,9 @@ def fit(
     if trainer.is_global_zero:
         if not resume:
             _clear(out)
-        out.mkdir(parents=True, exist_ok=True)
+            out.mkdir(parents=True, exist_ok=True)
+            # With it the weights of checkpoints are of use before the run ends.
+            write_json(out / TASK, task.description() | {"units": data.training.units})
         write_json(out / f"environment{suffix}.json", environment(data.seed))
         write_json(out / f"splits{suffix}.json", data.splits())
         if config is not None:
@@ -159,6 +163,25 @@ def environment(seed: int | None = None) -> dict:
         "threads": torch.get_num_threads(),
         "packages": packages,
     }
+
+
+def weights_of(run: Path, best: bool = False) -> Path:
+    """The file of a run's last weights, or with `best` of those of the least validation loss.
+
+    Of a run that has not ended it is the checkpoint, with a warning.
+
+    Raises:
+        DataError: there is none.
+    """
+    last, state = run / (BEST if best else MODEL), run / (BEST_STATE if best else LAST)
+    if last.is_file():
+        return last
+    if not (run / MODEL).is_file() and state.is_file():
+        warnings.warn(f"{state}: weights of a run that has not ended", stacklevel=2)
+        return state
+    if best and ((run / MODEL).is_file() or (run / LAST).is_file()):
+        raise DataError(f"{last}: does not exist, for no data.val was watched; omit --best")
+    raise DataError(f"{last}: does not exist, nor does {state}; give the folder of a run")
 
 
 def save_model(task: SeriesTask, out: Path) -> None:

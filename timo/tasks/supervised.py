@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection, SumMetric
-from torchmetrics.classification import MulticlassF1Score, MulticlassPrecision, MulticlassRecall
+from torchmetrics.classification import (
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassPrecision,
+    MulticlassRecall,
+)
 
 from timo import create_model, load_checkpoint
 from timo.data import IGNORE_INDEX, DataError, physical
@@ -122,6 +127,10 @@ class SupervisedTask(SeriesTask, ABC):
         self.val_weight = SumMetric(nan_strategy="disable")
         self.val_metrics = self.metrics().clone("val/")
         self.test_metrics = self.metrics().clone("test/")
+        # Of the last test: labels in rows, predictions in columns.
+        self.confusion = MulticlassConfusionMatrix(
+            len(self.classes), ignore_index=IGNORE_INDEX, validate_args=False
+        )
 
     def _freeze(self, pretrained: str, kept: set[str]) -> None:
         """Keep the weights of these names; ValueError where no other is left."""
@@ -235,11 +244,14 @@ class SupervisedTask(SeriesTask, ABC):
 
     def on_test_epoch_start(self) -> None:
         self._labelled: int | Tensor = 0
+        self.confusion.reset()
 
     def test_step(self, batch: dict, index: int) -> None:
         labels = self.labels_of(batch)
         self._labelled += (labels != IGNORE_INDEX).sum()
-        self.test_metrics.update(*self.flat(self(batch), labels))
+        logits, flat = self.flat(self(batch), labels)
+        self.test_metrics.update(logits, flat)
+        self.confusion.update(logits, flat)
 
     def on_test_epoch_end(self) -> None:
         if not self._labelled:

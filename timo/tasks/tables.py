@@ -12,15 +12,13 @@ from rich.progress import track
 from torch import Tensor
 
 from timo.data import IGNORE_INDEX, DataError, SeriesDataset, collate_series, physical
-from timo.data.contract import atomic_output, evenly_spaced
-from timo.data.page import figure
+from timo.data.contract import atomic_output
 from timo.data.series import WindowedSeries
 from timo.models.classifier import mean_of_valid
 from timo.tasks.base import SeriesTask
 from timo.tasks.classification import ClassificationTask
 from timo.tasks.data import compact_valid
 
-SHOWN = 5000  # points of a picture
 _READ = ("image", "dates", "valid", "name")  # of a sample; masks do not matter here
 
 
@@ -203,56 +201,3 @@ def predict_classes(
                 shares = [f"{share:.6f}" for share in row.values.tolist()]
                 found = [task.classes[int(row.values.argmax())], *shares]
             writer.writerow([row.name, *(row.window or ("", "")), row.start, row.end, *found])
-
-
-def picture(table: dict[str, np.ndarray]):
-    """A matplotlib figure of the first two principal components of embeddings.
-
-    Points are coloured by label where there are some, those of 255 grey; else by date, or where a
-    series has one date as all of its rows do, by series.
-
-    Args:
-        table: as from `embed_series`; of many rows `SHOWN` are drawn, evenly spaced.
-
-    Raises:
-        ImportError: without matplotlib.
-    """
-    drawn, (axes,) = figure(1, 1, 8, 6)
-    known = np.flatnonzero(np.isfinite(table["embedding"]).all(1))
-    chosen = known[evenly_spaced(len(known), SHOWN)]
-    axes.set_title(f"{len(chosen)} of {len(table['name'])} embeddings")
-    if not len(chosen):
-        return drawn
-    x = table["embedding"][chosen].astype(np.float64)
-    left, spread, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
-    points = np.zeros((len(x), 2))
-    points[:, : len(spread)] = (left * spread)[:, :2]
-    shares = np.zeros(2)
-    shares[: len(spread)] = spread[:2] ** 2 / max((spread**2).sum(), np.finfo(np.float64).tiny)
-    axes.set_xlabel(f"principal component 1, {shares[0]:.0%} of variance")
-    axes.set_ylabel(f"principal component 2, {shares[1]:.0%} of variance")
-    names, starts = table["name"][chosen], table["start"][chosen].astype("datetime64[D]")
-    if "label" in table:
-        _draw_groups(drawn, axes, points, table["label"][chosen], "label")
-    elif len({*zip(names, starts)}) == len({*names}) > 1:
-        _draw_groups(drawn, axes, points, names, "series")
-    else:
-        years = 1970 + starts.astype(np.int64) / 365.25
-        dots = axes.scatter(*points.T, c=years, s=10, cmap="viridis")
-        bar = drawn.colorbar(dots, ax=axes, label="first date (year)")
-        bar.formatter.set_useOffset(False)
-    return drawn
-
-
-def _draw_groups(drawn, axes, points: np.ndarray, group: np.ndarray, title: str) -> None:
-    """Points (R, 2) in a colour for each group, with a legend of up to 40; 255 is none, in grey."""
-    from matplotlib import colormaps
-
-    known = np.unique(group[group != IGNORE_INDEX] if group.dtype.kind == "i" else group)
-    colours = colormaps["tab20" if len(known) <= 20 else "turbo"].resampled(max(1, len(known)))
-    if len(known) < len(np.unique(group)):
-        axes.scatter(*points[group == IGNORE_INDEX].T, color="lightgrey", s=10, label="none")
-    for i, one in enumerate(known):
-        axes.scatter(*points[group == one].T, color=colours(i), s=10, label=str(one))
-    if len(known) <= 40:
-        drawn.legend(loc="outside right upper", title=title)
