@@ -80,6 +80,24 @@ def test_select_tiles_and_nan(tmp_path):
     assert without[0]["valid"].all() and without.nonfinite(0).sum() == 0
 
 
+@pytest.mark.parametrize("nodata, dtype", [(0, "uint16"), (-9999, "float32"), (np.nan, "float64")])
+def test_nodata(tmp_path, nodata, dtype):
+    pixels = frames(4, dtype=dtype)
+    pixels[0, 1, 3:9, 4] = pixels[2, 0, 5, 6] = nodata
+    clear = np.ones((4, 40, 50), bool)
+    clear[3, :, 7] = False
+    write_numpy(tmp_path, pixels, DATES, clear)
+    data = NumpySeries(tmp_path, select=["band1", "band2"], nodata=nodata)
+    sample, held = data[0], pixels[BY_DATE][:, :2]
+    missing = np.isnan(held) if np.isnan(nodata) else held == nodata
+    assert missing.sum() == 7
+    assert (sample["valid"].numpy() == clear[BY_DATE] & ~missing.any(1)).all()
+    assert (sample["image"].numpy() == np.where(missing, 0, held)).all()
+    assert data.nonfinite(0).sum() == 0
+    valid = NumpySeries(tmp_path, select=["band3"], nodata=nodata)[0]["valid"]
+    assert (valid.numpy() == clear[BY_DATE]).all()
+
+
 STATED = {
     "bands": ["R", "G", "B"], "units": "reflectance", "scale": [1.0, 2.0, 3.0],
     "offset": 0.5, "classes": ["land", "water"],

@@ -39,6 +39,8 @@ class NumpySeries(WindowedSeries):
         bands: names of the array's bands in order; None for those of config.json, or band1,
             band2, ...
         select: names of the bands to give out, in that order; None for all.
+        nodata: value without data: pixels that have it in a selected band are not valid, and it
+            becomes 0.
         units, scale, offset: physical = raw * scale + offset, one number or one for each selected
             band; None for those of config.json, or "DN", 1 and 0.
         tile, stride, region, min_valid, labels, ignore_label, cache: as in WindowedSeries.
@@ -68,6 +70,7 @@ class NumpySeries(WindowedSeries):
         ignore_label: int | None = None,
         cache: bool = False,
         samples: Sequence[str] | None = None,
+        nodata: float | None = None,
     ):
         if layout not in ("auto", "TCHW", "THWC"):
             raise ValueError(f'layout: must be "TCHW", "THWC" or "auto", got {layout!r}')
@@ -80,7 +83,7 @@ class NumpySeries(WindowedSeries):
             arrays = [folder / "series.npy" for folder in folders]
             stated = _described(path / "config.json")
         bands = stated.get("bands") if bands is None else bands
-        self.invalid_where = invalid_where
+        self.invalid_where, self.nodata = invalid_where, nodata
         self._sources = [_Source(array, dates, valid, mask, layout, bands) for array in arrays]
         first = self._sources[0]
         for source in self._sources[1:]:
@@ -116,10 +119,14 @@ class NumpySeries(WindowedSeries):
         frames = np.moveaxis(frames, -1, 1) if source.layout == "THWC" else frames
         image = frames[(box[0], slice(None), *box[1:])][source.order][:, self._positions]
         valid = np.ones((len(image), h, w), bool)
+        if self.nodata is not None:
+            held = np.isnan(image) if np.isnan(self.nodata) else image == self.nodata
+            valid &= ~held.any(1)
+            image = np.where(held, np.zeros((), image.dtype), image)
         if source.valid is not None:
-            held = _without_last(load_array(source.valid), source.whole)
-            held = held[box] if held.ndim == 3 else held[:, None, None]
-            valid &= held[source.order] != self.invalid_where
+            flags = _without_last(load_array(source.valid), source.whole)
+            flags = flags[box] if flags.ndim == 3 else flags[:, None, None]
+            valid &= flags[source.order] != self.invalid_where
         mask = None
         if source.mask is not None:
             mask = _without_last(load_array(source.mask), source.whole)
