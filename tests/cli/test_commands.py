@@ -99,6 +99,23 @@ def test_the_whole_road(series, tmp_path, capsys):
             assert table["embedding"].shape == (6, 16) and np.isfinite(table["embedding"]).all()
             assert table["window"].tolist() == [[0, 0]] * 3 + [[0, 16]] * 3
 
+    fields = ("embed", "--run", tmp_path / "a", *data, "--maps", "true", "--out", tmp_path / "e")
+    assert run(*fields, "--tile", 64, "--stage", 2, "--overlap", 16) == 0
+    assert {path.name for path in (tmp_path / "e").iterdir()} == {
+        "config.yaml", "environment.json", "river_embedding.tif", "river_embedding.png",
+    }  # fmt: skip
+    with rasterio.open(tmp_path / "e" / "river_embedding.tif") as file:
+        known = np.isfinite(file.read())
+    assert known.shape == (8, 8, 10) and known.sum() == 8 * 79 and not known[:, 0, 0].any()
+    capsys.readouterr()
+    for words, more in (
+        ("per_frame is true; maps are of series", ("--per_frame", "true")),
+        ("data.tile is 64; series are mapped whole", ("--data.tile", 64)),
+        ("tile is 8, which is of maps; pass --maps true", ("--maps", "false", "--tile", 8)),
+    ):
+        assert run(*fields, *more) == 2
+        assert words in capsys.readouterr().err
+
     assert run("predict", "--run", tmp_path / "b", *data, "--tile", 48, "--overlap", 16,
                "--out", tmp_path / "maps", "--change", "true",
                "--probabilities", "true") == 0  # fmt: skip
@@ -275,9 +292,9 @@ def test_predict_refuses_what_it_cannot_map(series, tmp_path, capsys):
         assert words in capsys.readouterr().err
 
     rasters = ("RasterSeries", "--data.root", series)
-    refused("data.region is [0.5, 0.0, 1.0, 1.0]; predict maps series whole", *rasters,
+    refused("data.region is [0.5, 0.0, 1.0, 1.0]; series are mapped whole", *rasters,
             "--data.region", "[0.5, 0.0, 1.0, 1.0]")  # fmt: skip
-    refused("data.min_valid is 0.5; predict maps series whole", *rasters, "--data.min_valid", 0.5)
+    refused("data.min_valid is 0.5; series are mapped whole", *rasters, "--data.min_valid", 0.5)
     for name in ("StoreSeries", "PublishedCorpus"):
         refused(f"{name}, which is not cut into windows", name, "--data.path", tmp_path)
     refused("SimulatedSeries, which is not cut into windows", "SimulatedSeries")

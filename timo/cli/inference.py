@@ -26,7 +26,8 @@ from timo.tasks import (
     predict_classes,
     predict_series,
 )
-from timo.tasks.base import read_description
+from timo.tasks.base import SeriesTask, read_description
+from timo.tasks.maps import embed_map
 from timo.tasks.pictures import class_colours, confusion_picture, embedding_picture
 from timo.tasks.runs import TASK, environment, write_json, write_text
 
@@ -99,22 +100,14 @@ def predict(arguments: Sequence[str]) -> int:
     overlap = 32 if options.overlap is None else options.overlap
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap is {overlap}; it must be from 0 to less than tile, {tile}")
-    module, _, name = options.data.class_path.rpartition(".")
-    if not issubclass(getattr(import_module(module), name), WindowedSeries):
-        raise ValueError(
-            f"data is {options.data.class_path}, which is not cut into windows; predict maps "
-            "RasterSeries and NumpySeries"
-        )
+    _require_whole(options)
     given = options.data.init_args
-    for name in ("region", "min_valid"):
-        if given[name]:
-            raise ValueError(
-                f"data.{name} is {given[name]}; predict maps series whole, leave it out"
-            )
+    asked = options.clone()
     given.tile, given.stride = tile, tile - overlap
     dataset = parser.instantiate(options).data
     task = load_segmenter(options.run, dataset, options.best).to(_device(options.accelerator))
     out = _folder(options.out)
+    _record(parser, asked, out)
     between = options.change if isinstance(options.change, list) else None
     for number, series in enumerate(dataset.series):
         path, picture = out / f"{series.name}.tif", out / f"{series.name}.png"
@@ -136,6 +129,22 @@ def predict(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _require_whole(options: Namespace) -> None:
+    """ValueError unless the data are series that can be mapped whole."""
+    module, _, name = options.data.class_path.rpartition(".")
+    if not issubclass(getattr(import_module(module), name), WindowedSeries):
+        raise ValueError(
+            f"data is {options.data.class_path}, which is not cut into windows; only RasterSeries "
+            "and NumpySeries are mapped"
+        )
+    for name in ("region", "min_valid", "tile", "stride"):
+        if value := options.data.init_args[name]:
+            raise ValueError(
+                f"data.{name} is {value}; series are mapped whole, in windows of --tile pixels: "
+                "leave it out"
+            )
+
+
 def _list_classes(parser: ArgumentParser, options: Namespace) -> int:
     for name in ("change", "probabilities", "tile", "overlap"):
         if options[name] is not None and options[name] is not False:
@@ -147,9 +156,10 @@ def _list_classes(parser: ArgumentParser, options: Namespace) -> int:
     dataset = parser.instantiate(options).data
     task = load_task(options.run, dataset, options.best).to(_device(options.accelerator))
     assert isinstance(task, ClassificationTask)  # as task.json says
-    out = _folder(options.out) / "predictions.csv"
-    predict_classes(task, dataset, out, options.batch_size)
-    print(out)
+    out = _folder(options.out)
+    _record(parser, options, out)
+    predict_classes(task, dataset, out / "predictions.csv", options.batch_size)
+    print(out / "predictions.csv")
     return 0
 
 
@@ -157,7 +167,7 @@ def embed(arguments: Sequence[str]) -> int:
     """Write a vector for every series, window or date, of a pretrained or fine-tuned encoder.
 
     embeddings.npz holds them beside names, dates, windows and labels; embeddings.png shows their
-    principal components.
+    principal components. Maps are a GeoTIFF for every series instead, with a vector for each token.
     """
     parser = series_parser("timo embed", embed.__doc__)
     _add_run(parser, "folder of `timo pretrain` or `timo finetune`")
@@ -165,22 +175,62 @@ def embed(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--per_frame", type=bool, default=False, help="a vector for every date, not for the series"
     )
+    parser.add_argument(
+        "--maps", type=bool, default=False, help="<series>_embedding.tif of series, not vectors"
+    )
+    parser.add_argument(
+        "--stage", type=int | None, default=None,
+        help="of maps: stage of the encoder, 1 to 4, with tokens of 4, 8, 16 or 32 pixels; 4",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tile", type=int | None, default=None, help="of maps: window size in pixels, 96"
+    )
+    parser.add_argument(
+        "--overlap", type=int | None, default=None, help="of maps: pixels that windows share, 32"
+    )
     _add_batches(parser)
     parser.add_argument("--out", type=str, required=True, help="folder of the results")
     options = parser.parse_args(arguments)
+    if options.maps:
+        if options.per_frame:
+            raise ValueError("per_frame is true; maps are of series, leave it out")
+        _require_whole(options)
+    elif stated := [name for name in ("stage", "tile", "overlap") if options[name] is not None]:
+        raise ValueError(
+            f"{stated[0]} is {options[stated[0]]}, which is of maps; pass --maps true, or leave it "
+            "out (data.tile cuts windows)"
+        )
     dataset = parser.instantiate(options).data
     task = load_run(options.run, dataset, options.best).to(_device(options.accelerator))
     out = _folder(options.out)
+    _record(parser, options, out)
+    if options.maps:
+        _embed_maps(task, dataset, options, out)
+        return 0
     table = embed_series(task, dataset, options.per_frame, options.batch_size)
     drawn = embedding_picture(table)
-    write_text(out / "config.yaml", parser.dump(options, skip_unset=True))
-    write_json(out / "environment.json", environment())
     with atomic_output(out / "embeddings.npz") as partial:
         np.savez(partial, **table)  # type: ignore[arg-type]
     _save(drawn, out / "embeddings.png")
     rows, channels = table["embedding"].shape
     print(f"{rows} embeddings of {channels} channels are in {out / 'embeddings.npz'}")
     return 0
+
+
+def _embed_maps(task: SeriesTask, dataset: WindowedSeries, options: Namespace, out: Path) -> None:
+    given = {name: options[name] for name in ("stage", "tile", "overlap")}
+    given = {name: value for name, value in given.items() if value is not None}
+    for number, series in enumerate(dataset.series):
+        path, picture = out / f"{series.name}_embedding.tif", out / f"{series.name}_embedding.png"
+        embed_map(
+            task, dataset, path, number, batch_size=options.batch_size, picture=picture, **given
+        )
+        print(path, picture, sep="\n")
+
+
+def _record(parser: ArgumentParser, options: Namespace, out: Path) -> None:
+    write_text(out / "config.yaml", parser.dump(options, skip_unset=True))
+    write_json(out / "environment.json", environment())
 
 
 def _save(drawn, path: Path) -> None:

@@ -101,7 +101,19 @@ class WindowedSeries(SeriesDataset):
         return len(self._windows)
 
     def __getitem__(self, index: int) -> dict:
-        number, row, col, h, w, held_h, held_w = self._windows[index]
+        sample = self._sample(*self._windows[index])
+        if not self._cut:
+            del sample["window"]
+        return sample
+
+    def cut(self, number: int, row: int, col: int, h: int, w: int) -> dict:
+        """A sample of any window of series `number`; pixels beyond the raster are not valid."""
+        one = self.series[number]
+        return self._sample(
+            number, row, col, h, w, min(h, one.height - row), min(w, one.width - col)
+        )
+
+    def _sample(self, number, row, col, h, w, held_h, held_w) -> dict:
         image, valid, mask = self._pixels(number, row, col, held_h, held_w)
         if (held_h, held_w) != (h, w):
             edge = [(0, h - held_h), (0, w - held_w)]
@@ -115,6 +127,7 @@ class WindowedSeries(SeriesDataset):
             "dates": torch.from_numpy(one.dates.copy()),
             "valid": torch.from_numpy(valid),
             "name": one.name,
+            "window": (row, col),
         }
         if self.labels is not None:
             values = physical(sample["image"], self.scale, self.offset)
@@ -128,8 +141,6 @@ class WindowedSeries(SeriesDataset):
                     "away, for it is either mapped or classified"
                 )
             sample["label"] = self._listed[one.name].clone()
-        if self._cut:
-            sample["window"] = (row, col)
         return sample
 
     def lengths(self) -> list[int]:

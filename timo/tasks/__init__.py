@@ -2,6 +2,7 @@
 
 from timo.tasks.classification import ClassificationTask
 from timo.tasks.data import SeriesData
+from timo.tasks.maps import embed_map
 from timo.tasks.prediction import load_run, load_segmenter, load_task, predict_series
 from timo.tasks.pretraining import PretrainingTask
 from timo.tasks.segmentation import SegmentationTask
@@ -12,6 +13,7 @@ __all__ = [
     "PretrainingTask",
     "SegmentationTask",
     "SeriesData",
+    "embed_map",
     "embed_series",
     "load_run",
     "load_segmenter",

@@ -98,6 +98,32 @@ def confusion_picture(counts: np.ndarray, classes: Sequence[str]):
     return drawn
 
 
+def components_picture(values: np.ndarray, title: str):
+    """A matplotlib figure of a map of embeddings: principal components as red, green and blue.
+
+    Args:
+        values: (D, h, w); NaN, where there is no embedding, is white.
+        title: of the picture.
+    """
+    channels, high, wide = values.shape
+    known = np.isfinite(values).all(0)
+    shown = np.ones((high, wide, 3))
+    if known.any():
+        x = values[:, known].T.astype(np.float64)
+        x -= x.mean(0)
+        _, axes = np.linalg.eigh(x.T @ x)  # in ascending order
+        components = np.zeros((len(x), 3))
+        components[:, : min(3, channels)] = (x @ axes)[:, : -min(3, channels) - 1 : -1]
+        low, top = np.percentile(components, (2, 98), axis=0)
+        shown[known] = np.clip((components - low) / np.where(top > low, top - low, 1), 0, 1)
+    inches = 8 / max(high, wide)
+    drawn, (picture,) = figure(1, 1, wide * inches, high * inches + 0.4)
+    picture.imshow(shown, interpolation="nearest")
+    picture.set_title(f"{title}: principal components as red, green and blue", fontsize=9)
+    picture.set_axis_off()
+    return drawn
+
+
 def embedding_picture(table: dict[str, np.ndarray]):
     """A matplotlib figure of the first two principal components of embeddings.
 
