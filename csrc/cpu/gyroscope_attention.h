@@ -81,7 +81,8 @@ inline bool usable_ever(const GyroscopeArgs& a, int64_t b, int64_t n) {
 }
 
 // Dates and positions that take part in a sample. Those that never do are left out of the lists,
-// so that padding changes no bit of a result. Irregular validity keeps all dates.
+// so that padding changes no bit of a result, but for dq_median's, whose sums are grouped by how many
+// keys a task owns at all T dates. Irregular validity keeps all dates.
 inline List list_dates(const GyroscopeArgs& a, int64_t b, Index* out) {
   int64_t count = 0;
   for (int64_t t = 0; t < a.T; ++t)

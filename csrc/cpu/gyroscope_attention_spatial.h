@@ -166,13 +166,13 @@ inline void step(const ForwardScratch& w, int64_t count, int64_t dates, int64_t 
     for (int j = 0; j < NV; ++j) {
       const F old = Tier::load(reference + j * lanes);
       const I keep = sum[j] <= sum_limit;
-      const F factor = keep ? Tier::set(1) : Tier::exp2(old - top[j]);
+      const F half = keep ? Tier::set(1) : Tier::exp2((old - top[j]) * 0.5f);
+      auto rescale = [&](float* x) {  // by halves: a sum of 2^60 outlasts what their product is not
+        Tier::store(x, Tier::load(x) * half * half);
+      };
       Tier::store(reference + j * lanes, keep ? old : top[j]);
-      Tier::store(mass + j * lanes, Tier::load(mass + j * lanes) * factor);
-      for (int64_t c = 0; c < values + masks; ++c) {
-        float* s = S + c * width + j * lanes;
-        Tier::store(s, Tier::load(s) * factor);
-      }
+      rescale(mass + j * lanes);
+      for (int64_t c = 0; c < values + masks; ++c) rescale(S + c * width + j * lanes);
     }
     weigh<NV>(w, count, queries, D, masks, scale, reference, sum);
   }
@@ -236,10 +236,13 @@ void attend(const GyroscopeArgs& a, int64_t b, int64_t h, List queries, List key
   }
   std::fill_n(sums.S, panels * columns * width, 0.f);
   std::fill_n(sums.mass, panels * width, 0.f);
-  const int64_t blocks = (keys.count + key_block - 1) / key_block;  // of one size: no short last one
-  const int64_t size = round_up((keys.count + blocks - 1) / blocks, group);
-  for (int64_t m = 0; m < keys.count; m += size) {
-    const List block{keys.at + m, std::min(size, keys.count - m)};
+  // Blocks differ by a group at most: a short one would cost as much for its sums.
+  const int64_t groups = (keys.count + group - 1) / group;
+  const int64_t blocks = (keys.count + key_block - 1) / key_block;
+  for (int64_t n = 0; n < blocks; ++n) {
+    const int64_t m = groups * n / blocks * group;
+    const int64_t end = std::min(groups * (n + 1) / blocks * group, keys.count);
+    const List block{keys.at + m, end - m};
     pack_block<Stored>(a, b, h, block, dates, masks, w);
     for (int64_t i = 0; i < panels; ++i) {
       const auto run = queries.count - i * width > 2 * lanes ? step<3>
@@ -247,7 +250,7 @@ void attend(const GyroscopeArgs& a, int64_t b, int64_t h, List queries, List key
                                                              : step<1>;
       run(w, block.count, dates.count, more, D, energy_scale(a), w.queries + i * w.query_step,
           m == 0, sums.S + i * columns * width, sums.reference + i * width, sums.mass + i * width);
-      if (m + size >= keys.count) complete(i);
+      if (end == keys.count) complete(i);
     }
   }
 }

@@ -3,6 +3,7 @@
 Oracle: the reference in float64, itself held to the direct form by test_gyroscope_attention.
 """
 
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -175,6 +176,23 @@ def test_date_whose_own_maximum_is_far_below(gap, dtype, tier):
     arguments[6] = valid
     got = check(arguments, cotangent)
     assert got[0][0, :2, :70].abs().amax(-1).min() > 1e-3, "mass was lost"
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, torch.bfloat16])
+def test_what_a_date_has_outlasts_a_new_reference(dtype, tier):
+    """The reference rises by 2^126 and more while a date's sum is some 2^59 above the old one."""
+    arguments, cotangent = problem((1, 2, 256, 1, 32), seed=6, dtype=dtype)
+    arguments[3].zero_()
+    arguments[4].zero_()
+    arguments[3][..., 0] = 8
+    energy = torch.zeros(256)  # in powers of two
+    energy[8:128], energy[200], energy[201] = 52, 127, 68
+    arguments[4][0, :, 0, 0] = (energy * math.log(2) / 8).to(dtype)
+    valid = torch.ones(1, 2, 256, dtype=torch.bool)
+    valid[0, 0, 200] = False
+    arguments[6] = valid
+    arguments[0] *= 0.1
+    check(arguments, cotangent)
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, torch.bfloat16])
