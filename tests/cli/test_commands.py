@@ -12,7 +12,7 @@ import torch
 from tests.conftest import REPOSITORY
 from tests.data.writers import frames, write_rasters, write_tif
 from timo.cli import main
-from timo.tasks import SegmentationTask
+from timo.tasks import ClassificationTask, SegmentationTask
 from timo.tasks.pictures import class_colours
 from timo.tasks.runs import save_model
 
@@ -222,6 +222,67 @@ def test_bad_input_is_one_message_and_leaves_results_alone(series, tmp_path, cap
     assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
 
+def left(classes=("land", "water"), kind=SegmentationTask, **options):
+    """An untrained task of two bands, of dates unless `options` say otherwise."""
+    return kind(
+        ("band1", "band2"), [0.0, 0.0], [9.0, 9.0], [1.0, 1.0], [0.0, 0.0], classes,
+        model="timo_tiny", model_options=json.loads(SMALL), **{"per_frame": True} | options,
+    )  # fmt: skip
+
+
+def test_change_is_asked_of_every_series_before_any_is_mapped(tmp_path, capsys):
+    pixels = frames(3, bands=2, height=32, width=40, dtype="uint8")
+    write_rasters(tmp_path / "data" / "a", ["2019", "2020"], pixels)
+    write_rasters(tmp_path / "data" / "b", ["2019", "2021", "20220701T100000", "20220701T120000"],
+                  [*pixels, pixels[0]])  # fmt: skip
+    (tmp_path / "run").mkdir()
+    save_model(left(), tmp_path / "run")
+    data = ("--data", "RasterSeries", "--data.root", tmp_path / "data", "--accelerator", "cpu")
+    command = ("predict", "--run", tmp_path / "run", *data, "--out", tmp_path / "maps")
+    wrong = {
+        "[2019-07-01, 2020-07-01]": "two acquisition dates of series b, which has 2019-07-01, 2021",
+        "[2019-07-01, 2019-07-01]": "change is [2019-07-01, 2019-07-01]; it must be two acquis",
+        "[2019-07-01]": "change is [2019-07-01]; it must be two acquisition dates of series a",
+        "[]": "change is []; it must be two acquisition dates",
+        "[soon, later]": "'soon' is none of",
+        "2019-07-01": "change",
+    }
+    for change, words in wrong.items():
+        assert run(*command, "--change", change) == 2
+        said = capsys.readouterr().err
+        assert words in said and "Traceback" not in said, said
+    for name in ("a", "b"):
+        chosen = (*command, "--data.samples", f"[{name}]", "--change")
+        assert run(*chosen, "[2019, 2022-07-01]") == 2  # no such day, or two of them
+        assert "a day that occurs twice names neither" in capsys.readouterr().err
+    assert not (tmp_path / "maps").exists()
+    assert run(*command, "--data.samples", "[b]", "--change", "[20210701, 20190701]") == 0
+    with rasterio.open(tmp_path / "maps" / "b_change.tif") as file:
+        assert file.descriptions == ("change 2019-07-01 to 2021-07-01",)
+    save_model(left(per_frame=False), tmp_path / "run")
+    capsys.readouterr()
+    assert run(*command, "--change", "true") == 2
+    assert "change needs a model with per_frame=True" in capsys.readouterr().err
+
+
+def test_scores_of_a_single_class(tmp_path, capsys):
+    pixels = frames(2, bands=2, height=32, width=32, dtype="uint8")
+    write_rasters(tmp_path / "data" / "a", ["2019", "2020"], pixels)
+    (tmp_path / "data" / "labels.csv").write_text("name,label\na,0\n")
+    (tmp_path / "run").mkdir()
+    save_model(left(["$all$"], ClassificationTask, per_frame=False), tmp_path / "run")
+    out = tmp_path / "scores.v1"
+    command = ("evaluate", "--run", tmp_path / "run", "--data", "RasterSeries", "--data.root",
+               tmp_path / "data", "--accelerator", "cpu", "--out")  # fmt: skip
+    assert run(*command, out) == 0
+    assert json.loads(out.read_text())["confusion"] == {"classes": ["$all$"], "counts": [[1]]}
+    assert (tmp_path / "scores.v1.png").is_file()
+    capsys.readouterr()
+    for wrong in (tmp_path / "data", tmp_path / "x.png", tmp_path / "nowhere" / "x.json"):
+        assert run(*command, wrong) == 2
+        assert f"out is {wrong}" in capsys.readouterr().err
+
+
 def test_scores_of_what_is_labelled(tmp_path, capsys):
     """A class that does not occur has no score; labels that fit no class are refused."""
     pixels = frames(3, bands=2, height=32, width=32, dtype="uint8")
@@ -229,10 +290,7 @@ def test_scores_of_what_is_labelled(tmp_path, capsys):
         write_rasters(tmp_path / "data" / name, NAMES, pixels)
         write_tif(tmp_path / "data" / name / "mask.tif", np.zeros((32, 32), "uint8"))
     data = tmp_path / "data"
-    task = SegmentationTask(
-        ("band1", "band2"), [0.0, 0.0], [9.0, 9.0], [1.0, 1.0], [0.0, 0.0],
-        ("land", "water", "ice"), model="timo_tiny", model_options=json.loads(SMALL),
-    )  # fmt: skip
+    task = left(("land", "water", "ice"), per_frame=False)
     torch.nn.init.constant_(task.model.classifier.bias[0], 99)  # always land
     (tmp_path / "run").mkdir()
     save_model(task, tmp_path / "run")

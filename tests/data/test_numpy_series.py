@@ -98,6 +98,14 @@ def test_nodata(tmp_path, nodata, dtype):
     assert (valid.numpy() == clear[BY_DATE]).all()
 
 
+@pytest.mark.parametrize("nodata", [-9999, 256, 0.5])
+def test_nodata_that_no_pixel_can_be(tmp_path, nodata):
+    write_numpy(tmp_path, frames(2, dtype="uint8"), DATES[:2])
+    with pytest.raises(ValueError, match="nodata: is .* which pixels of uint8 never are"):
+        NumpySeries(tmp_path, nodata=nodata)
+    assert NumpySeries(tmp_path, nodata=np.nan)[0]["valid"].all()
+
+
 STATED = {
     "bands": ["R", "G", "B"], "units": "reflectance", "scale": [1.0, 2.0, 3.0],
     "offset": 0.5, "classes": ["land", "water"],

@@ -102,6 +102,15 @@ def test_writer(tmp_path, dtype):
         assert file.compression.name == "deflate" and file.block_shapes[0] == (256, 256)
 
 
+@pytest.mark.parametrize(
+    "bands, dtype, count", [(2, "uint8", 2), (1, "uint16", 2), (1, "uint8", 300)]
+)
+def test_colours_are_of_one_band_of_bytes(tmp_path, bands, dtype, count):
+    colours = [(1, 2, 3)] * count
+    with pytest.raises(ValueError, match=f"colours: must be .* got {count} of {bands} bands of"):
+        GeoTiffWriter(tmp_path / "x.tif", (bands, 4, 5), dtype, colours=colours)
+
+
 @pytest.mark.filterwarnings("error")
 def test_pixels_without_georeference_are_written_without_a_warning(tmp_path):
     with GeoTiffWriter(tmp_path / "out.tif", (1, 20, 20), "uint8") as file:

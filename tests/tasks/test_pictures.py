@@ -39,6 +39,20 @@ def test_a_map_is_drawn_in_the_colours_of_its_classes():
     assert not map_picture(panels * 0 + 255, ["one", "two"], ["a"], colours).legends
 
 
+def test_names_are_no_formulas_and_all_are_listed():
+    names = ["$a_$", "a$b$c", "x" * 200, *(f"class {i}" for i in range(3, 60))]
+    panels = np.arange(60, dtype=np.uint8)[None, None]
+    drawn = map_picture(panels, ["one"], names, class_colours(60))
+    drawn.canvas.draw()
+    (legend,) = drawn.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 and 0 <= box.y0
+    assert box.x1 <= drawn.bbox.width and box.y1 <= drawn.bbox.height
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert len(shown) == 60 and shown[0] == r"\$a_\$" and len(shown[2]) == 40
+    confusion_picture(np.eye(60), names).canvas.draw()
+
+
 def test_the_picture_of_a_series_is_its_map_made_small(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for year in range(2001, 2006):

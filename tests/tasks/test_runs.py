@@ -2,6 +2,7 @@
 
 import json
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
@@ -129,36 +130,56 @@ def test_the_best_weights_are_kept_for_use(tmp_path):
         read = load_task(tmp_path, Scenes(), best=chosen).model.state_dict()
         assert all(torch.equal(x, expected[name]) for name, x in read.items())
     (tmp_path / "best.safetensors").unlink()
-    with pytest.raises(DataError, match="best.safetensors: does not exist.* --best"):
+    with pytest.raises(DataError, match="best.safetensors: does not exist.* omit --best"):
         load_task(tmp_path, Scenes(), best=True)
 
 
 def test_a_stopped_run_is_of_use(tmp_path, interrupted):
-    with pytest.raises(DataError, match="model.safetensors: does not exist, nor does .*last.ckpt"):
+    with pytest.raises(DataError, match="task.json: does not exist; give the folder of a run"):
         load_task(tmp_path, Scenes())
     with pytest.raises(KeyboardInterrupt):
         fit(interrupted, data(), tmp_path, max_epochs=1, **QUIET)
-    with pytest.raises(DataError, match="model.safetensors: does not exist, nor does .*last.ckpt"):
+    with pytest.raises(DataError, match="last.ckpt: does not exist, for the run has done no epoch"):
         load_task(tmp_path, Scenes())
 
-    full = tmp_path / "full"
-    fit(task(), data(watched=True), full, max_epochs=3, check_val_every_n_epoch=2, **QUIET)
-    expected = {best: load_task(full, Scenes(), best).model.state_dict() for best in (False, True)}
-    described = (full / "task.json").read_bytes()
-    (full / "model.safetensors").unlink()
-    (full / "best.safetensors").unlink()
-    for best, state in expected.items():
-        with pytest.warns(UserWarning, match="of a run that has not ended"):
-            read = load_task(full, Scenes(), best).model.state_dict()
-        assert all(torch.equal(x, state[name]) for name, x in read.items())
-    (full / "checkpoints" / "best.ckpt").unlink()
-    with pytest.raises(DataError, match="best.safetensors: does not exist, for no data.val"):
-        load_task(full, Scenes(), best=True)
+    def stop_in_third_epoch(trained):
+        step = trained.training_step
 
-    early = tmp_path / "early"
-    with pytest.raises(KeyboardInterrupt):
-        fit(interrupted, data(), early, max_epochs=1, **QUIET)
-    assert (early / "task.json").read_bytes() == described
+        def training_step(*arguments):
+            if trained.current_epoch == 2:
+                raise KeyboardInterrupt
+            return step(*arguments)
+
+        trained.training_step = training_step
+        return trained
+
+    options = {"check_val_every_n_epoch": 2, **QUIET}
+    once = tmp_path / "once"
+    fit(task(), data(watched=True), once, max_epochs=1, **options)
+    weights = (once / "model.safetensors").read_bytes()
+    with pytest.raises(DataError, match="best.safetensors: does not exist, for nothing was vali"):
+        load_task(once, Scenes(), best=True)
+    described = json.loads((once / "task.json").read_text())
+    with pytest.raises(KeyboardInterrupt):  # what the first run left is not what it knows now
+        stopped = stop_in_third_epoch(task())
+        fit(stopped, data(watched=True), once, resume=True, max_epochs=5, **options)
+    assert (once / "model.safetensors").read_bytes() == weights
+    assert json.loads((once / "task.json").read_text()) == described | {"ended": False}
+    for name, best in (("last", False), ("best", True)):
+        state = torch.load(once / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        assert state["epoch"] == 1
+        with pytest.warns(UserWarning, match=f"{name}.ckpt: weights of a run that has not ended"):
+            read = load_task(once, Scenes(), best).model.state_dict()
+        assert all(torch.equal(x, state["state_dict"][f"model.{k}"]) for k, x in read.items())
+    (once / "checkpoints" / "best.ckpt").unlink()
+    with pytest.raises(DataError, match="best.ckpt: does not exist, for nothing was validated"):
+        load_task(once, Scenes(), best=True)
+
+    fit(task(), data(), once, resume=True, max_epochs=3, **options)
+    assert json.loads((once / "task.json").read_text()) == described
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_task(once, Scenes())
 
 
 @pytest.mark.parametrize("head", ["linear", "upernet"])

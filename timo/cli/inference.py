@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from timo.cli.parsing import series_parser
 from timo.data import SeriesDataset
 from timo.data.contract import atomic_output
+from timo.data.dates import parse_date
 from timo.data.series import WindowedSeries
 from timo.tasks import (
     ClassificationTask,
@@ -29,6 +30,7 @@ from timo.tasks import (
 from timo.tasks.base import SeriesTask, read_description
 from timo.tasks.maps import embed_map
 from timo.tasks.pictures import class_colours, confusion_picture, embedding_picture
+from timo.tasks.prediction import dates_of_change
 from timo.tasks.runs import TASK, environment, write_json, write_text
 
 
@@ -46,8 +48,10 @@ def evaluate(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=str, default=None, help="JSON file of the figures")
     options = parser.parse_args(arguments)
     out = Path(options.out) if options.out else None
-    if out and out.suffix == ".png":
-        raise ValueError(f"out is {out}; name a JSON file, the picture is written beside it")
+    if out and (out.suffix == ".png" or out.is_dir()):
+        raise ValueError(f"out is {out}; name a JSON file, a picture is written beside it")
+    if out and not out.parent.is_dir():
+        raise ValueError(f"out is {out}, but there is no folder {out.parent}; create it first")
     dataset = parser.instantiate(options).data
     task = load_task(options.run, dataset, options.best)
     trainer = Trainer(accelerator=options.accelerator, logger=False, devices=1)
@@ -58,11 +62,11 @@ def evaluate(arguments: Sequence[str]) -> int:
     if out:
         # JSON has no NaN.
         known = {k: v if math.isfinite(v) else None for k, v in figures.items()}
-        counts = task.confusion.compute().cpu().numpy()
+        counts = task.confusion.compute().cpu().numpy().reshape(2 * (len(task.classes),))
         confusion = {"classes": task.classes, "counts": counts.tolist()}
-        drawn = confusion_picture(counts, task.classes)
         write_json(out, known | {"confusion": confusion, "data": data.splits()["test"]})
-        _save(drawn, out.with_suffix(".png"))
+        picture = out.with_name(f"{out.name.removesuffix('.json')}.png")
+        _save(confusion_picture(counts, task.classes), picture)
     return 0
 
 
@@ -85,7 +89,7 @@ def predict(arguments: Sequence[str]) -> int:
     _add_batches(parser)
     parser.add_argument("--out", type=str, required=True, help="folder of the results")
     parser.add_argument(
-        "--change", type=bool | list[str], default=False,
+        "--change", type=bool | list[int | str], default=False,
         help="also <series>_change.tif, from the first date to the last, or between two dates: "
         "[2019-07-01, 2020-07-01]",
     )  # fmt: skip
@@ -106,12 +110,16 @@ def predict(arguments: Sequence[str]) -> int:
     given.tile, given.stride = tile, tile - overlap
     dataset = parser.instantiate(options).data
     task = load_segmenter(options.run, dataset, options.best).to(_device(options.accelerator))
+    between = None
+    if isinstance(options.change, list):
+        between = [str(parse_date(str(date)).astype("datetime64[D]")) for date in options.change]
+    for series in dataset.series if options.change is not False else ():
+        dates_of_change(task, series, between)
     out = _folder(options.out)
     _record(parser, asked, out)
-    between = options.change if isinstance(options.change, list) else None
     for number, series in enumerate(dataset.series):
         path, picture = out / f"{series.name}.tif", out / f"{series.name}.png"
-        change = out / f"{series.name}_change.tif" if options.change else None
+        change = out / f"{series.name}_change.tif" if options.change is not False else None
         shares = out / f"{series.name}_probabilities.tif" if options.probabilities else None
         predict_series(
             task, dataset, path, overlap, number, change, options.batch_size, shares, between,
@@ -121,7 +129,7 @@ def predict(arguments: Sequence[str]) -> int:
     colours = [f"#{bytes(colour).hex()}" for colour in class_colours(len(task.classes))]
     legend: dict = {"labels": dict(enumerate(task.classes)), "nodata": 255}
     legend["colours"] = dict(enumerate(colours))
-    if options.change:
+    if options.change is not False:
         pairs = enumerate((a, b) for a in task.classes for b in task.classes)
         legend["change"] = {code: f"{a} to {b}" for code, (a, b) in pairs}
     write_json(out / "legend.json", legend)

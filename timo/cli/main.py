@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
-    warnings.formatwarning = lambda message, *_, **__: f"timo {name}: {message}\n"
+    formatted = warnings.formatwarning
+    if os.environ.get("TIMO_TRACEBACK") != "1":
+        warnings.formatwarning = lambda message, *_, **__: f"timo {name}: {message}\n"
     try:
         command = getattr(importlib.import_module(module), function)
         return command(arguments[words:]) or 0
@@ -73,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"timo {name}: {plain(str(error))}", file=sys.stderr)
         return 2
+    finally:
+        warnings.formatwarning = formatted
 
 
 def plain(message: str) -> str:

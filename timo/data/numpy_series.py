@@ -92,6 +92,12 @@ class NumpySeries(WindowedSeries):
                     f"{source.path}: has {source.count} bands of {source.dtype}, {first.path} has "
                     f"{first.count} of {first.dtype}; all series of a dataset must agree"
                 )
+        if nodata is not None and first.dtype.kind == "u" and not np.isnan(nodata):
+            if not 0 <= nodata <= np.iinfo(first.dtype).max or nodata != int(nodata):
+                raise ValueError(
+                    f"nodata: is {nodata}, which pixels of {first.dtype} never are; give a value "
+                    f"in 0 ... {np.iinfo(first.dtype).max}, or leave it out"
+                )
         if stated and len(stated["bands"]) != first.count:
             raise DataError(
                 f"{path / 'config.json'}: describes the bands {stated['bands']}, {first.path} has "

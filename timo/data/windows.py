@@ -138,6 +138,11 @@ class GeoTiffWriter:
             raise ValueError(
                 f"descriptions: must name {shape[0]} bands, got {len(descriptions)} names"
             )
+        if colours is not None and (shape[0] != 1 or dtype != "uint8" or len(colours) > 256):
+            raise ValueError(
+                f"colours: must be at most 256 of a single band of uint8, got {len(colours)} of "
+                f"{shape[0]} bands of {dtype}"
+            )
         self.path, self.shape, self.descriptions = Path(path), shape, descriptions
         self.colours = colours
         self.profile = {
@@ -156,11 +161,11 @@ class GeoTiffWriter:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
                 self._file = stack.enter_context(rasterio.open(partial, "w", **self.profile))
+            if self.colours is not None:
+                self._file.write_colormap(1, dict(enumerate(self.colours)))
+            for number, text in enumerate(self.descriptions or (), 1):
+                self._file.set_band_description(number, text)
             self._stack = stack.pop_all()
-        if self.colours is not None:
-            self._file.write_colormap(1, dict(enumerate(self.colours)))
-        for number, text in enumerate(self.descriptions or (), 1):
-            self._file.set_band_description(number, text)
         return self
 
     def write(self, pixels: np.ndarray | Tensor, row: int, col: int = 0) -> None:

@@ -45,6 +45,11 @@ def change_colours(count: int) -> list[Colour]:
     ]
 
 
+def _label(name: str) -> str:
+    """A name as matplotlib shows it: no formula, and not without end."""
+    return (name if len(name) <= 40 else f"{name[:39]}…").replace("$", r"\$")
+
+
 def map_picture(
     panels: np.ndarray, titles: Sequence[str], names: Sequence[str], colours: Sequence[Colour]
 ):
@@ -59,7 +64,12 @@ def map_picture(
     rows = -(-len(panels) // columns)
     _, high, wide = panels.shape
     inches = 4 / max(high, wide)
-    drawn, axes = figure(rows, columns, 2 + columns * wide * inches, rows * (high * inches + 0.5))
+    present = [i for i in np.unique(panels) if i < len(names)]
+    across = max(1.5, wide * inches), 0.5 + high * inches  # of a panel, with its title
+    # 40 names to a column of the legend, each 0.2 inches high.
+    legend = -(-len(present) // 40)
+    size = columns * across[0] + 3 * max(1, legend), max(rows * across[1], 0.2 * len(present[:41]))
+    drawn, axes = figure(rows, columns, *size)
     table = np.full((IGNORE_INDEX + 1, 3), 255, np.uint8)
     table[: len(colours)] = colours
     for one in axes:
@@ -67,10 +77,10 @@ def map_picture(
     for one, panel, title in zip(axes, panels, titles):
         one.imshow(table[panel], interpolation="nearest")
         one.set_title(title, fontsize=9)
-    present = [i for i in np.unique(panels) if i < len(names)]
     marks = [axes[0].scatter([], [], marker="s", color=np.divide(colours[i], 255)) for i in present]
     if marks:
-        drawn.legend(marks, [names[i] for i in present], loc="outside right upper", fontsize=8)
+        shown = [_label(names[i]) for i in present]
+        drawn.legend(marks, shown, loc="outside right upper", fontsize=8, ncols=legend)
     return drawn
 
 
@@ -87,8 +97,9 @@ def confusion_picture(counts: np.ndarray, classes: Sequence[str]):
     shares = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
     shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     drawn.colorbar(shown, ax=axes, label="share of the label", shrink=0.8)
-    axes.set_xticks(range(len(classes)), classes, rotation=90)
-    axes.set_yticks(range(len(classes)), classes)
+    names = [_label(name) for name in classes]
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("prediction")
     axes.set_ylabel("label")
     for (i, j), share in np.ndenumerate(shares):
@@ -119,7 +130,7 @@ def components_picture(values: np.ndarray, title: str):
     inches = 8 / max(high, wide)
     drawn, (picture,) = figure(1, 1, wide * inches, high * inches + 0.4)
     picture.imshow(shown, interpolation="nearest")
-    picture.set_title(f"{title}: principal components as red, green and blue", fontsize=9)
+    picture.set_title(f"{_label(title)}: principal components as red, green and blue", fontsize=9)
     picture.set_axis_off()
     return drawn
 
@@ -169,6 +180,6 @@ def _draw_groups(drawn, axes, points: np.ndarray, group: np.ndarray, title: str)
     if len(known) < len(np.unique(group)):
         axes.scatter(*points[group == IGNORE_INDEX].T, color="lightgrey", s=10, label="none")
     for i, one in enumerate(known):
-        axes.scatter(*points[group == one].T, color=colours(i), s=10, label=str(one))
+        axes.scatter(*points[group == one].T, color=colours(i), s=10, label=_label(str(one)))
     if len(known) <= 40:
         drawn.legend(loc="outside right upper", title=title)

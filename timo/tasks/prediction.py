@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from timo import load_checkpoint
 from timo.data import IGNORE_INDEX, DataError, GeoTiffWriter, blend, collate_series
 from timo.data.contract import SeriesDataset, atomic_output, evenly_spaced
-from timo.data.series import WindowedSeries
+from timo.data.series import Series, WindowedSeries
 from timo.tasks.base import SeriesTask, read_description
 from timo.tasks.classification import ClassificationTask
 from timo.tasks.data import compact_valid
@@ -46,10 +46,10 @@ def load_run(run: str | Path, dataset: SeriesDataset, best: bool = False) -> Ser
     was trained on.
     """
     run = Path(run)
-    weights = weights_of(run, best)
     if not (run / TASK).is_file():
         raise DataError(f"{run / TASK}: does not exist; give the folder of a run")
     described = read_description(run / TASK)
+    weights = weights_of(run, described.pop("ended", True), best)
     kind, units = described.pop("kind", None), described.pop("units", None)
     if kind not in KINDS or (kind is None) == ("classes" in described):
         raise DataError(
@@ -154,17 +154,11 @@ def predict_series(
         picture: PNG of the map, small; of many dates some, evenly spaced.
 
     Raises:
-        ValueError: `change` asked of a model that predicts one map for the series, or more than
-            15 classes, whose pairs uint8 cannot hold; or `between` is no two dates of the series.
+        ValueError: see `dates_of_change`.
     """
     series, classes = dataset.series[number], len(task.classes)
-    if change and (not task.per_frame or classes > 15):
-        raise ValueError(
-            f"change is {change}; it needs a model with per_frame=True and at most 15 classes, "
-            f"this one has per_frame={task.per_frame} and {classes} classes"
-        )
     days = [str(d) for d in series.dates.astype("datetime64[D]")]
-    first, last = _positions(series.name, days, between)
+    first, last = dates_of_change(task, series, between) if change else (0, -1)
     span = f"{days[0]} to {days[-1]}"
     bands = days if task.per_frame else [span]
     colours = class_colours(classes)
@@ -204,14 +198,31 @@ def predict_series(
             drawn.savefig(partial, format="png", dpi=120)
 
 
-def _positions(name: str, days: list[str], between: Sequence[str] | None) -> tuple[int, int]:
-    """Where two dates lie among those of a series, the earlier one first; None: its ends."""
+def dates_of_change(
+    task: SegmentationTask, series: Series, between: Sequence[str] | None = None
+) -> tuple[int, int]:
+    """Positions of the two dates between which change is mapped, the earlier one first.
+
+    Args:
+        task, series: what is to be mapped.
+        between: two acquisition dates, as 2020-01-31; None for the first and the last.
+
+    Raises:
+        ValueError: the model predicts one map for the series, or more than 15 classes, whose pairs
+            uint8 cannot hold; or `between` is not two dates of the series.
+    """
+    if not task.per_frame or len(task.classes) > 15:
+        raise ValueError(
+            "change needs a model with per_frame=True and at most 15 classes; this one has "
+            f"per_frame={task.per_frame} and {len(task.classes)} classes"
+        )
+    days = [str(d) for d in series.dates.astype("datetime64[D]")]
     if between is None:
         return 0, len(days) - 1
-    if len(between) != 2 or any(day not in days for day in between):
+    if len({*between}) != 2 or len(between) != 2 or any(days.count(day) != 1 for day in between):
         raise ValueError(
-            f"change is between {' and '.join(map(str, between))}; it must be two acquisition "
-            f"dates of series {name}, which has {', '.join(days)}"
+            f"change is [{', '.join(between)}]; it must be two acquisition dates of series "
+            f"{series.name}, which has {', '.join(days)} (a day that occurs twice names neither)"
         )
     first, last = sorted(map(days.index, between))
     return first, last

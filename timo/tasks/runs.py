@@ -19,7 +19,7 @@ from timo import load_checkpoint, save_checkpoint
 from timo.data import DataError
 from timo.data.contract import atomic_output
 from timo.models.checkpoint import read_checkpoint
-from timo.tasks.base import SeriesTask
+from timo.tasks.base import SeriesTask, read_description
 from timo.tasks.data import SeriesData
 
 MODEL, BEST, TASK = "model.safetensors", "best.safetensors", "task.json"
@@ -85,13 +85,16 @@ def fit(
     if trainer.is_global_zero:
         if not resume:
             _clear(out)
-            out.mkdir(parents=True, exist_ok=True)
-            # With it the weights of checkpoints are of use before the run ends.
-            write_json(out / TASK, task.description() | {"units": data.training.units})
+        out.mkdir(parents=True, exist_ok=True)
         write_json(out / f"environment{suffix}.json", environment(data.seed))
         write_json(out / f"splits{suffix}.json", data.splits())
         if config is not None:
             write_text(out / f"config{suffix}.yaml", config)
+        # With it the weights of checkpoints are of use before the run ends.
+        described = task.description() | {"units": data.training.units}
+        if resume and (out / TASK).is_file():
+            described = read_description(out / TASK)
+        write_json(out / TASK, described | {"ended": False})
     checkpoint = out / LAST if resume else None
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -165,23 +168,27 @@ def environment(seed: int | None = None) -> dict:
     }
 
 
-def weights_of(run: Path, best: bool = False) -> Path:
+def weights_of(run: Path, ended: bool, best: bool = False) -> Path:
     """The file of a run's last weights, or with `best` of those of the least validation loss.
 
-    Of a run that has not ended it is the checkpoint, with a warning.
+    Of a run that has not ended it is a checkpoint, with a warning.
 
     Raises:
         DataError: there is none.
     """
-    last, state = run / (BEST if best else MODEL), run / (BEST_STATE if best else LAST)
-    if last.is_file():
-        return last
-    if not (run / MODEL).is_file() and state.is_file():
-        warnings.warn(f"{state}: weights of a run that has not ended", stacklevel=2)
-        return state
-    if best and ((run / MODEL).is_file() or (run / LAST).is_file()):
-        raise DataError(f"{last}: does not exist, for no data.val was watched; omit --best")
-    raise DataError(f"{last}: does not exist, nor does {state}; give the folder of a run")
+    of_end, of_state = (BEST, BEST_STATE) if best else (MODEL, LAST)
+    path, last = run / (of_end if ended else of_state), run / (MODEL if ended else LAST)
+    if path.is_file():
+        if not ended:
+            warnings.warn(f"{path}: weights of a run that has not ended", stacklevel=2)
+        return path
+    if best and last.is_file():
+        raise DataError(f"{path}: does not exist, for nothing was validated yet; omit --best")
+    if ended:
+        raise DataError(f"{path}: does not exist; give the folder of a run")
+    raise DataError(
+        f"{path}: does not exist, for the run has done no epoch; wait, or start it again"
+    )
 
 
 def save_model(task: SeriesTask, out: Path) -> None:
