@@ -1,5 +1,6 @@
 """The folder of a run: started, stopped, resumed, and what it holds at the end."""
 
+import csv
 import json
 import signal
 import warnings
@@ -234,6 +235,54 @@ def test_freezing_needs_something_to_keep_and_something_to_train(tmp_path):
     probe = task(pretrained=weights, freeze=True, fresh=["classifier"])
     trained = [name for name, x in probe.model.named_parameters() if x.requires_grad]
     assert trained == ["classifier.weight", "classifier.bias"]
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("limit", [{}, {"max_steps": 100}, {"max_steps": 5}])
+def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, limit, watched):
+    class Six(Scenes):
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            return super().__getitem__(index % 2)
+
+    def run(out, epochs, resume=False, steps=limit):
+        fit(task(), SeriesData(Six(), val=Six(1) if watched else None, batch_size=2), out, resume,
+            max_epochs=epochs, **steps, **QUIET)  # fmt: skip
+        last = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+        return load_file(out / "model.safetensors"), (last["epoch"], last["global_step"])
+
+    def steps_of(*logs):
+        with_loss = [row for log in logs for row in csv.DictReader(log.open()) if row["train/loss"]]
+        return [(row["epoch"], row["step"], row["train/loss"]) for row in with_loss]
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    weights, reached = run(whole, 3)
+    assert reached == ((2, 9) if limit != {"max_steps": 5} else (1, 5))
+    run(parts, 1, steps={})
+    found, done = run(parts, 3, resume=True)
+    assert done == reached and all(torch.equal(x, found[name]) for name, x in weights.items())
+    logs = steps_of(parts / "logs" / "metrics.csv", parts / "logs_2" / "metrics.csv")
+    assert logs == steps_of(whole / "logs" / "metrics.csv")
+
+
+def test_what_a_resumed_run_must_keep(tmp_path):
+    fit(task(), data(), tmp_path, max_epochs=2, **QUIET)
+    before = content(tmp_path)
+    other = task(classes=tuple(reversed(Scenes().classes)))
+    with pytest.raises(ValueError, match="is a run of classes .*, not .*, or start another"):
+        fit(other, data(), tmp_path, True, max_epochs=3, **QUIET)
+    for limit in ({"max_epochs": 2}, {"max_epochs": 5, "max_steps": 1}):
+        with pytest.raises(ValueError, match=r"has ended after 2 epochs, 2 steps, .* is \d; raise"):
+            fit(task(), data(), tmp_path, True, **limit, **QUIET)
+    assert content(tmp_path) == before
+    described = json.loads((tmp_path / "task.json").read_text())
+    (tmp_path / "task.json").write_text(json.dumps(described | {"ended": False}))
+    (tmp_path / "model.safetensors").unlink()  # as if killed after the last checkpoint
+    fit(task(), data(), tmp_path, True, max_epochs=2, **QUIET)
+    assert json.loads((tmp_path / "task.json").read_text()) == described
+    assert (tmp_path / "model.safetensors").is_file()
 
 
 def test_a_run_without_an_end_has_a_constant_rate(tmp_path):

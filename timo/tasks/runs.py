@@ -81,7 +81,10 @@ def fit(
         callbacks=callbacks,
     )
     if resume:
-        _check_resumable(task, out)
+        _check_resumable(task, out, trainer)
+        # Checkpoints are of the end of an epoch. With max_steps Lightning would take them for the
+        # middle of one, and end that epoch again.
+        trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
     if trainer.is_global_zero:
         if not resume:
             _clear(out)
@@ -126,11 +129,28 @@ def _suffix(out: Path) -> str:
     return f"_{1 + len(list(out.glob('environment*.json')))}"
 
 
-def _check_resumable(task: SeriesTask, out: Path) -> None:
-    """ValueError unless `out` holds a checkpoint of just this task's tensors."""
+def _check_resumable(task: SeriesTask, out: Path, trainer: Trainer) -> None:
+    """ValueError unless `out` holds a checkpoint of just this task, with something left to do."""
     if not (out / LAST).is_file():
         raise ValueError(f"resume: {out / LAST} does not exist; start without --resume")
     held_state = read_checkpoint(out / LAST)
+    described = read_description(out / TASK) if (out / TASK).is_file() else {"ended": False}
+    own = json.loads(json.dumps(task.description()))
+    for name in ("bands", "classes", "per_frame"):
+        if name in described and described[name] != own.get(name):
+            raise ValueError(
+                f"resume: {out} is a run of {name} {described[name]}, not {own.get(name)}; give "
+                f"the options of {out / 'config.yaml'}, or start another run"
+            )
+    epochs, steps = held_state["epoch"] + 1, held_state["global_step"]
+    for name, done, most in (
+        ("max_epochs", epochs, trainer.max_epochs), ("max_steps", steps, trainer.max_steps),
+    ):  # fmt: skip
+        if described.get("ended", True) and most is not None and -1 < most <= done:
+            raise ValueError(
+                f"resume: {out} has ended after {epochs} epochs, {steps} steps, and "
+                f"trainer.{name} is {most}; raise it"
+            )
     held, own = held_state["state_dict"], task.state_dict()
     shapes = [{name: x.shape for name, x in state.items()} for state in (held, own)]
     if differing := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
