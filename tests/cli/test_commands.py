@@ -145,7 +145,9 @@ def test_the_whole_road(series, tmp_path, capsys):
     assert (change[~valid] == 255).all()
     legend = json.loads((tmp_path / "maps" / "legend.json").read_text())
     assert legend["colours"] == {"0": "#dcd5c0", "1": "#1f77b4"}
-    assert (tmp_path / "maps" / "river.png").read_bytes().startswith(b"\x89PNG")
+    assert legend["change"]["1"] == "land to water" and legend["change_colours"]["1"] == "#1f77b4"
+    for name in ("river.png", "river_change.png"):
+        assert (tmp_path / "maps" / name).read_bytes().startswith(b"\x89PNG")
 
     later = ("predict", "--run", tmp_path / "b", *data, "--out", tmp_path / "later", "--change")
     assert run(*later, "[2004-07-01, 2003-07-01]") == 0

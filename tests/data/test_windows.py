@@ -102,6 +102,17 @@ def test_writer(tmp_path, dtype):
         assert file.compression.name == "deflate" and file.block_shapes[0] == (256, 256)
 
 
+@pytest.mark.parametrize("bands", [1, 2, 3, 4, 5])
+def test_classes_are_no_picture(tmp_path, bands):
+    """Three or four bands of bytes are no red, green, blue and alpha."""
+    path = tmp_path / "x.tif"
+    with GeoTiffWriter(path, (bands, 4, 5), "uint8", nodata=255) as file:
+        file.write(np.full((bands, 4, 5), 7, np.uint8), 0)
+    with rasterio.open(path) as file:
+        assert [kind.name for kind in file.colorinterp] == ["gray", *["undefined"] * (bands - 1)]
+        assert (file.read() == 7).all() and (file.read_masks() == 255).all()
+
+
 @pytest.mark.parametrize(
     "bands, dtype, count", [(2, "uint8", 2), (1, "uint16", 2), (1, "uint8", 300)]
 )

@@ -222,7 +222,7 @@ def test_the_commands_choose_classification(tmp_path, capsys):
         (("predict", "--tile", 32), "tile is 32, which is of maps"),
         (("predict", "--overlap", 0), "overlap is 0, which is of maps"),
         (("predict", "--out", scores), f"out: {scores} is a file; name a folder"),
-        (("embed", "--run", tmp_path), f"{tmp_path / 'model.safetensors'}: does not exist"),
+        (("embed", "--run", tmp_path), f"{tmp_path / 'task.json'}: does not exist"),
         (("embed", "--out", out), f"out: {out} is the folder of a run"),
         (("embed", "--out", scores), f"out: {scores} is a file; name a folder"),
     ):  # fmt: skip

@@ -29,9 +29,15 @@ from timo.tasks import (
 )
 from timo.tasks.base import SeriesTask, read_description
 from timo.tasks.maps import embed_map
-from timo.tasks.pictures import class_colours, confusion_picture, embedding_picture
-from timo.tasks.prediction import dates_of_change
-from timo.tasks.runs import TASK, environment, write_json, write_text
+from timo.tasks.pictures import (
+    Colour,
+    change_colours,
+    class_colours,
+    confusion_picture,
+    embedding_picture,
+)
+from timo.tasks.prediction import change_names, dates_of_change
+from timo.tasks.runs import TASK, environment, interruptible, write_json, write_text
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -56,7 +62,8 @@ def evaluate(arguments: Sequence[str]) -> int:
     task = load_task(options.run, dataset, options.best)
     trainer = Trainer(accelerator=options.accelerator, logger=False, devices=1)
     data = SeriesData(test=dataset, batch_size=options.batch_size)
-    (figures,) = trainer.test(task, datamodule=data, verbose=False)
+    with interruptible(trainer):
+        (figures,) = trainer.test(task, datamodule=data, verbose=False)
     for name, value in figures.items():
         print(f"{name.removeprefix('test/'):24s} {value:.4f}")
     if out:
@@ -64,7 +71,9 @@ def evaluate(arguments: Sequence[str]) -> int:
         known = {k: v if math.isfinite(v) else None for k, v in figures.items()}
         counts = task.confusion.compute().cpu().numpy().reshape(2 * (len(task.classes),))
         confusion = {"classes": task.classes, "counts": counts.tolist()}
-        write_json(out, known | {"confusion": confusion, "data": data.splits()["test"]})
+        asked = json.loads(parser.dump(options, format="json", skip_unset=True))
+        about = {"confusion": confusion, "options": asked, "data": data.splits()["test"]}
+        write_json(out, known | about)
         picture = out.with_name(f"{out.name.removesuffix('.json')}.png")
         _save(confusion_picture(counts, task.classes), picture)
     return 0
@@ -125,16 +134,23 @@ def predict(arguments: Sequence[str]) -> int:
             task, dataset, path, overlap, number, change, options.batch_size, shares, between,
             picture,
         )  # fmt: skip
-        print(*filter(None, (path, picture, change, shares)), sep="\n")
-    colours = [f"#{bytes(colour).hex()}" for colour in class_colours(len(task.classes))]
-    legend: dict = {"labels": dict(enumerate(task.classes)), "nodata": 255}
-    legend["colours"] = dict(enumerate(colours))
+        drawn = change and change.with_suffix(".png")
+        print(*filter(None, (path, picture, change, drawn, shares)), sep="\n")
+    legend = {
+        "labels": dict(enumerate(task.classes)),
+        "colours": _hexadecimal(class_colours(len(task.classes))),
+        "nodata": 255,
+    }
     if options.change is not False:
-        pairs = enumerate((a, b) for a in task.classes for b in task.classes)
-        legend["change"] = {code: f"{a} to {b}" for code, (a, b) in pairs}
+        legend["change"] = dict(enumerate(change_names(task.classes)))
+        legend["change_colours"] = _hexadecimal(change_colours(len(task.classes)))
     write_json(out / "legend.json", legend)
-    print(json.dumps(legend))
+    print(out / "legend.json")
     return 0
+
+
+def _hexadecimal(colours: list[Colour]) -> dict[int, str]:
+    return {i: f"#{bytes(colour).hex()}" for i, colour in enumerate(colours)}
 
 
 def _require_whole(options: Namespace) -> None:

@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = getattr(importlib.import_module(module), function)
         return command(arguments[words:]) or 0
     except KeyboardInterrupt:
+        _close_bars()
         print(f"timo {name}: stopped", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
@@ -73,10 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("TIMO_TRACEBACK") == "1" or not _of_input(error):
             raise
+        _close_bars()
         print(f"timo {name}: {plain(str(error))}", file=sys.stderr)
         return 2
     finally:
         warnings.formatwarning = formatted
+
+
+def _close_bars() -> None:
+    """End the progress bars of Lightning, so that a message has a line of its own."""
+    if module := sys.modules.get("tqdm.std"):
+        for bar in [*getattr(module.tqdm, "_instances", ())]:
+            bar.close()
 
 
 def plain(message: str) -> str:

@@ -25,7 +25,9 @@ FROM_DATA = {"bands", "mean", "deviation", "scale", "offset"}
 
 def series_parser(program: str, description: str | None) -> ArgumentParser:
     """A parser with `--config`, whose errors name the key and are raised."""
-    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
+    parser = ArgumentParser(
+        prog=program, description=description, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="YAML file of these options")
     return parser
 

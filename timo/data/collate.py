@@ -63,7 +63,7 @@ def _same(first: dict, other: dict) -> None:
         raise DataError(
             f"{names}: images of (C, H, W) {tuple(a.shape[1:])} and {tuple(b.shape[1:])} do not "
             "batch; select= the same bands, and cut windows of one size with tile=, or take "
-            "batches of one"
+            "batches of one (batch_size 1)"
         )
     if a.dtype != b.dtype:
         raise DataError(f"{names}: images of {a.dtype} and {b.dtype} do not batch; use one type")

@@ -24,7 +24,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -250,16 +252,24 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def with_progress(items: list, what: str, patience: float = 2.0) -> Iterator:
-    """Yield `items`; after `patience` seconds a progress bar appears, where rich is installed."""
-    start = time.monotonic()
-    for done, item in enumerate(items):
-        if time.monotonic() - start > patience:
-            try:
-                from rich.progress import track
-            except ImportError:
-                yield from items[done:]
-            else:
-                yield from track(items[done:], description=what, total=len(items), completed=done)
-            return
-        yield item
+def with_progress(items: Any, what: str, patience: float = 2.0) -> Iterator:
+    """Yield `items`, of known length; after `patience` seconds a bar appears on stderr.
+
+    There is none where rich is not installed.
+    """
+    start, rest = time.monotonic(), iter(items)
+    for done, item in enumerate(rest):
+        if time.monotonic() - start <= patience:
+            yield item
+            continue
+        try:
+            from rich.console import Console
+            from rich.progress import track
+        except ImportError:
+            yield from chain([item], rest)
+        else:
+            yield from track(
+                chain([item], rest), what, len(items), done, console=Console(stderr=True),
+                transient=True,
+            )  # fmt: skip
+        return

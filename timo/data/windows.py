@@ -152,6 +152,8 @@ class GeoTiffWriter:
             "predictor": 3 if np.issubdtype(np.dtype(dtype), np.floating) else 2,
             "bigtiff": "if_safer",
         }  # fmt: skip
+        if shape[0] > 1:  # GDAL takes three or four bands of bytes for a picture
+            self.profile |= {"photometric": "minisblack", "alpha": "no"}
 
     def __enter__(self) -> "GeoTiffWriter":
         rasterio = import_rasterio()

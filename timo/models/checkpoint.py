@@ -122,7 +122,8 @@ def _load(
         if not inside:
             raise ValueError(
                 f"fresh has {part!r}, of which the model has no weight; it must hold beginnings of "
-                f"names, up to a dot, as {next(iter(model.state_dict())).rpartition('.')[0]!r}"
+                f"names, up to a dot, as {next(iter(model.state_dict())).rpartition('.')[0]!r}; "
+                f"the model's parts are {', '.join(dict(model.named_children()))}"
             )
         kept |= inside
     report, pairs, errors = _match(state, target, kept)

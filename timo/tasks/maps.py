@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from timo.data import GeoTiffWriter, blend, collate_series, physical
-from timo.data.contract import atomic_output
+from timo.data.contract import atomic_output, with_progress
 from timo.data.series import Series, WindowedSeries
 from timo.data.windows import grid_windows
 from timo.models.encoder import STRIDES
@@ -77,7 +76,7 @@ def embed_strips(
 
     def windows() -> Iterator[tuple[int, int, Tensor]]:
         firsts = range(0, len(corners), batch_size)
-        for first in track(firsts, f"embed {series.name}", transient=True):
+        for first in with_progress(firsts, f"embed {series.name}"):
             chosen = corners[first : first + batch_size]
             batch = collate_series([dataset.cut(number, *at, tile, tile) for at in chosen])
             valid = compact_valid(batch["valid"])

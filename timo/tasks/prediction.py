@@ -6,13 +6,12 @@ from math import nan
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from timo import load_checkpoint
 from timo.data import IGNORE_INDEX, DataError, GeoTiffWriter, blend, collate_series
-from timo.data.contract import SeriesDataset, atomic_output, evenly_spaced
+from timo.data.contract import SeriesDataset, atomic_output, evenly_spaced, with_progress
 from timo.data.series import Series, WindowedSeries
 from timo.tasks.base import SeriesTask, read_description
 from timo.tasks.classification import ClassificationTask
@@ -112,7 +111,7 @@ def predict_strips(
     loader = DataLoader(windows_of_series, batch_size, collate_fn=collate_series)
 
     def windows() -> Iterator[tuple[int, int, Tensor]]:
-        for batch in track(loader, f"predict {series.name}", transient=True):
+        for batch in with_progress(loader, f"predict {series.name}"):
             valid = batch["valid"]
             batch["valid"] = compact_valid(valid)
             moved = {k: v.to(task.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -151,7 +150,8 @@ def predict_series(
         probabilities: GeoTIFF, float32, nodata NaN, of the softmax of the logits whose greatest is
             the label: a band for each class, per frame all classes of a date after the other.
         between: the two acquisition dates of `change`, as 2020-01-31; None for first and last.
-        picture: PNG of the map, small; of many dates some, evenly spaced.
+        picture: PNG of the map, small; of many dates some, evenly spaced. One of the change lies
+            beside `change` then, as .png.
 
     Raises:
         ValueError: see `dates_of_change`.
@@ -163,7 +163,7 @@ def predict_series(
     bands = days if task.per_frame else [span]
     colours = class_colours(classes)
     step = -(-max(series.height, series.width) // PIXELS)  # of pixels in the picture
-    shown, small = evenly_spaced(len(bands), MAPS), []
+    shown, small, changed = evenly_spaced(len(bands), MAPS), [], []
     with ExitStack() as stack:
 
         def opened(
@@ -188,14 +188,25 @@ def predict_series(
             labels_file.write(labels, row)
             small.append(labels[shown, -row % step :: step, ::step])
             if change_file:
-                change_file.write(change_codes(labels[first], labels[last], classes), row)
+                codes = change_codes(labels[first], labels[last], classes)
+                change_file.write(codes, row)
+                changed.append(codes[-row % step :: step, ::step])
             if shares_file:
                 shares_file.write(logits.softmax(1).flatten(0, 1), row)
     if picture:
         panels = torch.cat(small, 1).numpy()
         drawn = map_picture(panels, [bands[i] for i in shown], task.classes, colours)
-        with atomic_output(picture) as partial:
-            drawn.savefig(partial, format="png", dpi=120)
+        _save(drawn, picture)
+    if picture and change:
+        panels = torch.cat(changed)[None].numpy()
+        names = change_names(task.classes)
+        drawn = map_picture(panels, between_them, names, change_colours(classes))
+        _save(drawn, Path(change).with_suffix(".png"))
+
+
+def _save(drawn, path: str | Path) -> None:
+    with atomic_output(path) as partial:
+        drawn.savefig(partial, format="png", dpi=120)
 
 
 def dates_of_change(
@@ -226,6 +237,11 @@ def dates_of_change(
         )
     first, last = sorted(map(days.index, between))
     return first, last
+
+
+def change_names(classes: Sequence[str]) -> list[str]:
+    """What the codes of change mean, in their order."""
+    return [f"{first} to {last}" for first in classes for last in classes]
 
 
 def change_codes(first: Tensor, last: Tensor, classes: int) -> Tensor:

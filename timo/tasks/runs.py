@@ -6,6 +6,8 @@ import platform
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -99,15 +101,22 @@ def fit(
             described = read_description(out / TASK)
         write_json(out / TASK, described | {"ended": False})
     checkpoint = out / LAST if resume else None
-    try:
+    with interruptible(trainer):
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit:  # so Lightning ends where the user, or the system, stops it
-        if trainer.interrupted:
-            raise KeyboardInterrupt from None
-        raise
     if trainer.is_global_zero:
         save_model(task, out)
     return trainer
+
+
+@contextmanager
+def interruptible(trainer: Trainer) -> Iterator[None]:
+    """KeyboardInterrupt where the user, or the system, stops what `trainer` does in the block."""
+    try:
+        yield
+    except SystemExit:  # so Lightning ends then
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _clear(out: Path) -> None:

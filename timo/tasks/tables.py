@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from timo.data import IGNORE_INDEX, DataError, SeriesDataset, collate_series, physical
-from timo.data.contract import atomic_output
+from timo.data.contract import atomic_output, with_progress
 from timo.data.series import WindowedSeries
 from timo.models.classifier import mean_of_valid
 from timo.tasks.base import SeriesTask
@@ -67,7 +66,7 @@ def table_rows(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     task.read_from(dataset)
-    for first in track(range(0, len(dataset), batch_size), what, transient=True):
+    for first in with_progress(range(0, len(dataset), batch_size), what):
         samples = [dataset[i] for i in range(first, min(first + batch_size, len(dataset)))]
         batch = collate_series([{key: sample[key] for key in _READ} for sample in samples])
         valid = batch["valid"].flatten(2).any(2)  # [B, T]
