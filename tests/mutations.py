@@ -12,7 +12,7 @@ INTERPRET = "TRITON_INTERPRET=1"
 
 CPP_FUZZ = ("TIMO_FUZZ=16,32,43,64,75,96", FUZZ, "-k", "gyroscope_attention")
 CPP_PAIRS = (CPP, "-k", "test_parity and amx_emulated")
-CPP_FAR = (CPP, "-k", "(far_below or renewed) and dtype0")
+CPP_FAR = (CPP, "-k", "(far_below or renewed or outlasts) and dtype0")
 CPP_OFFSETS = ("tests/ops/test_far_offsets.py", "-k", "date")
 MEDIAN_FUZZ = ("TIMO_FUZZ=16,32,48", FUZZ, "-k", "temporal_median")
 DEVIATION_FUZZ = ("TIMO_FUZZ=16,32,48", FUZZ, "-k", "median_deviation")
@@ -100,16 +100,37 @@ MUTANTS = [
     Mutant(
         "cpp: sums are not rescaled to a new reference",
         f"{ATTENTION}_spatial.h",
-        "Tier::store(s, Tier::load(s) * factor);",
-        "Tier::store(s, Tier::load(s));",
+        "Tier::store(x, Tier::load(x) * half * half);",
+        "Tier::store(x, Tier::load(x));",
         CPP_FAR,
     ),
     Mutant(
         "cpp: rescaled by the inverse factor",
         f"{ATTENTION}_spatial.h",
-        "Tier::exp2(old - top[j])",
-        "Tier::exp2(top[j] - old)",
+        "Tier::exp2((old - top[j]) * 0.5f)",
+        "Tier::exp2((top[j] - old) * 0.5f)",
         CPP_FAR,
+    ),
+    Mutant(
+        "cpp: a sum is rescaled at once, by what may underflow",
+        f"{ATTENTION}_spatial.h",
+        "Tier::load(x) * half * half",
+        "Tier::load(x) * (half * half)",
+        CPP_FAR,
+    ),
+    Mutant(
+        "cpp: a panel is merged before its last block of keys",
+        f"{ATTENTION}_spatial.h",
+        "if (end == keys.count) complete(i);",
+        "if (n == 0) complete(i);",
+        CPP_FAR,
+    ),
+    Mutant(
+        "cpp: delta of the first date is left out where all dates use all keys",
+        f"{ATTENTION}_backward.h",
+        "std::accumulate(delta, delta + dates.count, 0.f)",
+        "std::accumulate(delta + 1, delta + dates.count, 0.f)",
+        CPP_FUZZ,
     ),
     Mutant(
         "cpp: the old reference is kept",
