@@ -123,7 +123,7 @@ inline void sweep(const BackwardScratch& w, const Block& x, int64_t count, int64
                   const float* k, float* dkT, float* dvT) {
   const F reach = Tier::set(60);  // of keys that weigh nothing (padding) the energy may be any
   const int64_t all = round_up(count, rows), made = filled(count);
-  multiply<Walk::along_rows, Into::set, NV>(x.q, w.q_step, kT, width, operands(D), all, w.P, width);
+  energy_products<NV>(x.q, w.q_step, kT, width, operands(D), all, w.P, width);
   for (int64_t n = 0; n < made; n += pair)
 #pragma GCC unroll 3
     for (int j = 0; j < NV; ++j) {

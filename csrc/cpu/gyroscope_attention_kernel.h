@@ -135,6 +135,18 @@ TIMO_INLINE void multiply(const float* a, int64_t a_step, const float* b, int64_
   }
 }
 
+// Products of queries and keys over K operands: sums of 32 are added up, which loses less than one
+// long sum where a channel outweighs the others. Forward and backward round alike.
+template <int NV>
+TIMO_INLINE void energy_products(const float* a, int64_t a_step, const float* b, int64_t b_step,
+                                 int64_t K, int64_t M, float* c, int64_t c_step) {
+  multiply<Walk::along_rows, Into::set, NV>(a, a_step, b, b_step, std::min<int64_t>(K, 32), M, c,
+                                            c_step);
+  for (int64_t k = 32; k < K; k += 32)
+    multiply<Walk::along_rows, Into::add, NV>(a + k, a_step, b + k * b_step, b_step,
+                                              std::min<int64_t>(K - k, 32), M, c, c_step);
+}
+
 // Positions of `list` from `first` on, one row pointer per lane; lanes past the end repeat the
 // last one.
 template <class Stored>

@@ -88,8 +88,8 @@ struct ForwardScratch {
 template <int NV>
 TIMO_INLINE void form_products(const ForwardScratch& w, int64_t m, int64_t D,
                                const float* queries) {
-  multiply<Walk::along_rows, Into::set, NV>(w.keys + m * w.key_step, w.key_step, queries, width,
-                                            operands(D), group, w.E, width);
+  energy_products<NV>(w.keys + m * w.key_step, w.key_step, queries, width, operands(D), group, w.E,
+                      width);
 }
 
 // P of a panel and a block of keys, its row sums and those of the keys that each of `masks` dates
