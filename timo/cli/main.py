@@ -59,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = getattr(importlib.import_module(module), function)
         return command(arguments[words:]) or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as remedy:
         _close_bars()
-        print(f"timo {name}: stopped", file=sys.stderr)
+        print(": ".join([f"timo {name}", "stopped", *map(str, remedy.args)]), file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         if os.environ.get("TIMO_TRACEBACK") == "1":
@@ -88,6 +88,12 @@ def _close_bars() -> None:
             bar.close()
 
 
+KINDS = {
+    "bool": "true or false", "list": "a list, as [a, b]", "int": "a whole number",
+    "float": "a number", "str": "text",
+}  # fmt: skip
+
+
 def plain(message: str) -> str:
     """A message without what the parser of options says about types and its own objects."""
     key = re.search(r'Parser key "([\w.]+)":', message)
@@ -98,7 +104,10 @@ def plain(message: str) -> str:
         if told:
             given = re.search(r"Given value: ((?!Namespace|NestedArg).{1,80})$", message)
             message = f"{key[1]}: " if key else ""
-            message += "\n".join(told) + (f", got {given[1]}" if given else "")
+            joint = " or " if all(text.startswith("Expected a <") for text in told) else "\n"
+            message += joint.join(told) + (f", got {given[1]}" if given else "")
+    for kind, words in KINDS.items():
+        message = message.replace(f"Expected a <class '{kind}'>", f"expected {words}")
     if "SeriesDataset is abstract" in message or "Expected a dot import path string" in message:
         from timo.cli.parsing import DATASETS
 

@@ -12,7 +12,7 @@ from timo.data import TransformedSeries
 from timo.data.collate import by_date
 from timo.tasks import ClassificationTask, PretrainingTask, SegmentationTask, SeriesData
 from timo.tasks.base import SeriesTask
-from timo.tasks.runs import fit
+from timo.tasks.runs import LAST, fit
 from timo.tasks.supervised import SupervisedTask
 
 
@@ -86,7 +86,12 @@ def _train(task: SeriesTask, data: SeriesData, parser: ArgumentParser, options: 
     repetition = options.clone()
     repetition.resume = False
     config = parser.dump(repetition, skip_unset=True)
-    trainer = fit(task, data, out, options.resume, config, **options.trainer.as_dict())
+    try:
+        trainer = fit(task, data, out, options.resume, config, **options.trainer.as_dict())
+    except KeyboardInterrupt:
+        if (out / LAST).is_file():
+            raise KeyboardInterrupt("the same command with --resume true goes on") from None
+        raise
     if not trainer.is_global_zero:
         return
     figures = {k: v.item() for k, v in trainer.callback_metrics.items()}
