@@ -329,6 +329,10 @@ def test_scores_of_what_is_labelled(tmp_path, capsys):
     (["data", "check", "--data.root", "x"], ["is abstract", "as --data RasterSeries"]),
     (["predict", "--run", "x", "--out", "y", "--data", "RasterSerie"],
      ["RasterSerie\n", "as --data RasterSeries: one of RasterSeries, NumpySeries"]),
+    (["predict", "--run", "x", "--out", "y", "--data", "RasterSeries", "--data.tiles", "3"],
+     ["Option 'tiles' is not accepted\nsee --data.help RasterSeries"]),
+    (["finetune", "--trainer.max_step", "3"],
+     ["unrecognized arguments: --trainer.max_step 3\nsee --help, and --data.help"]),
     (["finetune", "--task.learning_rate", "abc"],
      ["task.learning_rate: expected a number, got abc"]),
 ])  # fmt: skip

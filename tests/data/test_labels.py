@@ -79,6 +79,17 @@ def test_a_classifier_learns_from_them(root):
     assert torch.isfinite(task.loss(task(batch), task.labels_of(batch)))
 
 
+def test_a_label_of_no_class_is_named_with_its_date(root):
+    write(root, "name,date,label", "a,2020-07-01,1", "a,201807,9", '"b, c",20190105,0')
+    data = RasterSeries(root, samples=["a"])
+    task = ClassificationTask(
+        data.bands, **SeriesData(data).normalisation(), classes=("no", "yes"), per_frame=True,
+        model="timo_tiny", model_options=SMALL,
+    )  # fmt: skip
+    with pytest.raises(DataError, match="series a, 2018-07-15: has the label 9, but the classes"):
+        task.check_labels(collate_series(list(data)))
+
+
 @pytest.mark.parametrize("lines, words", [
     ([], "first line is ''; it must be name,label, for labels of series, or name,date,label"),
     (["name,class", "a,1"], "first line is 'name,class'; it must be name,label"),

@@ -108,6 +108,10 @@ def plain(message: str) -> str:
             message += joint.join(told) + (f", got {given[1]}" if given else "")
     for kind, words in KINDS.items():
         message = message.replace(f"Expected a <class '{kind}'>", f"expected {words}")
+    if "unrecognized arguments" in message:
+        message += "\nsee --help, and --data.help with the class of the data set"
+    if option := re.search(r"class_path '([\w.]+)':\s+Option '\w+' is not accepted", message):
+        message += f"\nsee --{key[1] if key else 'data'}.help {option[1].rpartition('.')[2]}"
     if "SeriesDataset is abstract" in message or "Expected a dot import path string" in message:
         from timo.cli.parsing import DATASETS
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -183,10 +184,13 @@ class SupervisedTask(SeriesTask, ABC):
         unknown = ((labels < 0) | (labels >= len(self.classes))) & (labels != IGNORE_INDEX)
         if unknown.any():
             first = unknown.nonzero()[0]
+            label, where = int(labels[tuple(first)]), f"series {batch['name'][first[0]]}"
+            if labels.ndim in (2, 4):  # (B, T) or (B, T, H, W)
+                where += f", {np.datetime64(batch['dates'][first[0], first[1]].item(), 'D')}"
             raise DataError(
-                f"series {batch['name'][first[0]]}: has the label {int(labels[tuple(first)])}, but "
-                f"the classes are 0 ... {len(self.classes) - 1}, {', '.join(self.classes)}; name "
-                "one for each label in task.classes, or renumber the labels (255 is ignored)"
+                f"{where}: has the label {label}, but the classes are 0 ... "
+                f"{len(self.classes) - 1}, {', '.join(self.classes)}; name one for each label in "
+                "task.classes, or renumber the labels (255 is ignored)"
             )
 
     def forward(self, batch: dict) -> Tensor:
