@@ -35,6 +35,7 @@ from timo.tasks.pictures import (
     class_colours,
     confusion_picture,
     embedding_picture,
+    save,
 )
 from timo.tasks.prediction import change_names, dates_of_change
 from timo.tasks.runs import TASK, environment, interruptible, write_json, write_text
@@ -75,7 +76,7 @@ def evaluate(arguments: Sequence[str]) -> int:
         about = {"confusion": confusion, "options": asked, "data": data.splits()["test"]}
         write_json(out, known | about)
         picture = out.with_name(f"{out.name.removesuffix('.json')}.png")
-        _save(confusion_picture(counts, task.classes), picture)
+        save(confusion_picture(counts, task.classes), picture)
     return 0
 
 
@@ -119,16 +120,16 @@ def predict(arguments: Sequence[str]) -> int:
     given.tile, given.stride = tile, tile - overlap
     dataset = parser.instantiate(options).data
     task = load_segmenter(options.run, dataset, options.best).to(_device(options.accelerator))
-    between = None
+    between, changes = None, options.change is not False
     if isinstance(options.change, list):
         between = [str(parse_date(str(date)).astype("datetime64[D]")) for date in options.change]
-    for series in dataset.series if options.change is not False else ():
+    for series in dataset.series if changes else ():
         dates_of_change(task, series, between)
     out = _folder(options.out)
     _record(parser, asked, out)
     for number, series in enumerate(dataset.series):
         path, picture = out / f"{series.name}.tif", out / f"{series.name}.png"
-        change = out / f"{series.name}_change.tif" if options.change is not False else None
+        change = out / f"{series.name}_change.tif" if changes else None
         shares = out / f"{series.name}_probabilities.tif" if options.probabilities else None
         predict_series(
             task, dataset, path, overlap, number, change, options.batch_size, shares, between,
@@ -141,7 +142,7 @@ def predict(arguments: Sequence[str]) -> int:
         "colours": _hexadecimal(class_colours(len(task.classes))),
         "nodata": 255,
     }
-    if options.change is not False:
+    if changes:
         legend["change"] = dict(enumerate(change_names(task.classes)))
         legend["change_colours"] = _hexadecimal(change_colours(len(task.classes)))
     write_json(out / "legend.json", legend)
@@ -235,7 +236,7 @@ def embed(arguments: Sequence[str]) -> int:
     drawn = embedding_picture(table)
     with atomic_output(out / "embeddings.npz") as partial:
         np.savez(partial, **table)  # type: ignore[arg-type]
-    _save(drawn, out / "embeddings.png")
+    save(drawn, out / "embeddings.png")
     rows, channels = table["embedding"].shape
     print(f"{rows} embeddings of {channels} channels are in {out / 'embeddings.npz'}")
     return 0
@@ -255,11 +256,6 @@ def _embed_maps(task: SeriesTask, dataset: WindowedSeries, options: Namespace, o
 def _record(parser: ArgumentParser, options: Namespace, out: Path) -> None:
     write_text(out / "config.yaml", parser.dump(options, skip_unset=True))
     write_json(out / "environment.json", environment())
-
-
-def _save(drawn, path: Path) -> None:
-    with atomic_output(path) as partial:
-        drawn.savefig(partial, format="png", dpi=150)
 
 
 def _folder(path: str) -> Path:

@@ -107,7 +107,11 @@ class WindowedSeries(SeriesDataset):
         return sample
 
     def cut(self, number: int, row: int, col: int, h: int, w: int) -> dict:
-        """A sample of any window of series `number`; pixels beyond the raster are not valid."""
+        """A sample of the contract for any window of series `number`, with its `window`.
+
+        The window is of (h, w) pixels from (row, col), both within the raster, on; what lies beyond
+        the raster is 0, not valid, and 255 in the mask.
+        """
         one = self.series[number]
         return self._sample(
             number, row, col, h, w, min(h, one.height - row), min(w, one.width - col)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from timo.data import GeoTiffWriter, blend, collate_series, physical
-from timo.data.contract import atomic_output, with_progress
+from timo.data.contract import with_progress
 from timo.data.series import Series, WindowedSeries
 from timo.data.windows import grid_windows
 from timo.models.encoder import STRIDES
 from timo.tasks.base import SeriesTask
 from timo.tasks.data import compact_valid
-from timo.tasks.pictures import PIXELS, components_picture
+from timo.tasks.pictures import PIXELS, components_picture, save
 
 
 def token_size(stage: int) -> int:
@@ -129,9 +129,7 @@ def embed_map(
             file.write(values, row)
             small.append(values[:, -row % step :: step, ::step])
     if picture:
-        drawn = components_picture(torch.cat(small, 1).numpy(), series.name)
-        with atomic_output(picture) as partial:
-            drawn.savefig(partial, format="png", dpi=150)
+        save(components_picture(torch.cat(small, 1).numpy(), series.name), picture)
 
 
 def _coarser(series: Series, factor: int) -> Any:

@@ -1,11 +1,12 @@
 """Pictures of results: label maps, confusion of classes, embeddings. All need matplotlib."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from timo.data import IGNORE_INDEX
-from timo.data.contract import evenly_spaced
+from timo.data.contract import atomic_output, evenly_spaced
 from timo.data.page import figure
 
 POINTS = 5000  # of embeddings
@@ -19,6 +20,12 @@ FEW = (
 )  # fmt: skip
 
 Colour = tuple[int, int, int]  # red, green, blue; 0 ... 255
+
+
+def save(drawn, path: str | Path) -> None:
+    """Write a matplotlib figure as PNG; it appears complete or not at all."""
+    with atomic_output(path) as partial:
+        drawn.savefig(partial, format="png", dpi=150)
 
 
 def class_colours(count: int) -> list[Colour]:

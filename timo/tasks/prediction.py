@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader, Subset
 
 from timo import load_checkpoint
 from timo.data import IGNORE_INDEX, DataError, GeoTiffWriter, blend, collate_series
-from timo.data.contract import SeriesDataset, atomic_output, evenly_spaced, with_progress
+from timo.data.contract import SeriesDataset, evenly_spaced, with_progress
 from timo.data.series import Series, WindowedSeries
 from timo.tasks.base import SeriesTask, read_description
 from timo.tasks.classification import ClassificationTask
 from timo.tasks.data import compact_valid
-from timo.tasks.pictures import MAPS, PIXELS, change_colours, class_colours, map_picture
+from timo.tasks.pictures import MAPS, PIXELS, change_colours, class_colours, map_picture, save
 from timo.tasks.pretraining import PretrainingTask
 from timo.tasks.runs import TASK, weights_of
 from timo.tasks.segmentation import SegmentationTask
@@ -196,17 +196,12 @@ def predict_series(
     if picture:
         panels = torch.cat(small, 1).numpy()
         drawn = map_picture(panels, [bands[i] for i in shown], task.classes, colours)
-        _save(drawn, picture)
+        save(drawn, picture)
     if picture and change:
         panels = torch.cat(changed)[None].numpy()
         names = change_names(task.classes)
         drawn = map_picture(panels, between_them, names, change_colours(classes))
-        _save(drawn, Path(change).with_suffix(".png"))
-
-
-def _save(drawn, path: str | Path) -> None:
-    with atomic_output(path) as partial:
-        drawn.savefig(partial, format="png", dpi=120)
+        save(drawn, Path(change).with_suffix(".png"))
 
 
 def dates_of_change(

@@ -247,18 +247,15 @@ class SupervisedTask(SeriesTask, ABC):
         self._log(self.val_metrics)
 
     def on_test_epoch_start(self) -> None:
-        self._labelled: int | Tensor = 0
         self.confusion.reset()
 
     def test_step(self, batch: dict, index: int) -> None:
-        labels = self.labels_of(batch)
-        self._labelled += (labels != IGNORE_INDEX).sum()
-        logits, flat = self.flat(self(batch), labels)
-        self.test_metrics.update(logits, flat)
-        self.confusion.update(logits, flat)
+        logits, labels = self.flat(self(batch), self.labels_of(batch))
+        self.test_metrics.update(logits, labels)
+        self.confusion.update(logits, labels)
 
     def on_test_epoch_end(self) -> None:
-        if not self._labelled:
+        if not self.confusion.compute().any():
             raise DataError(
                 f"data: there is nothing to measure, for every {self.target} is 255, or lies where "
                 "no pixel is valid; use series with labels, or another ignore_label=, and see "
