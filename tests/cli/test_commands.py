@@ -330,9 +330,12 @@ def test_scores_of_what_is_labelled(tmp_path, capsys):
     (["predict", "--run", "x", "--out", "y", "--data", "RasterSerie"],
      ["RasterSerie\n", "as --data RasterSeries: one of RasterSeries, NumpySeries"]),
     (["predict", "--run", "x", "--out", "y", "--data", "RasterSeries", "--data.tiles", "3"],
-     ["Option 'tiles' is not accepted\nsee --data.help RasterSeries"]),
+     ["Option 'tiles' is not accepted\n", "tiles: perhaps tile\nsee --data.help RasterSeries"]),
     (["finetune", "--trainer.max_step", "3"],
-     ["unrecognized arguments: --trainer.max_step 3\nsee --help, and --data.help"]),
+     ["unrecognized arguments: --trainer.max_step 3\n",
+      "--trainer.max_step: perhaps --trainer.max_steps\nsee --help, and --data.help"]),
+    (["finetune", "--epochs=3"], ["perhaps --trainer.max_epochs or --trainer.min_epochs"]),
+    (["finetune", "--zebra=3"], ["unrecognized arguments: --zebra=3\nsee --help"]),
     (["finetune", "--task.learning_rate", "abc"],
      ["task.learning_rate: expected a number, got abc"]),
 ])  # fmt: skip
@@ -341,6 +344,14 @@ def test_messages_of_the_parser_are_readable(words, told, capsys):
     said = capsys.readouterr().err
     assert all(text in said for text in told), said
     assert not any(noise in said for noise in ("Union", "NoneType", "Namespace", "Given value"))
+
+
+def test_unknown_keys_of_a_file_are_answered_with_like_ones(tmp_path, capsys):
+    for text, told in (("trainer: {max_epoch: 3}", "max_epoch: perhaps trainer.max_epochs"),
+                       ("batch_size: 3", "batch_size: perhaps data.batch_size")):  # fmt: skip
+        (tmp_path / "config.yaml").write_text(text)
+        assert run("finetune", "--config", tmp_path / "config.yaml") == 2
+        assert told in capsys.readouterr().err
 
 
 def test_usage_of_the_data_commands(capsys):

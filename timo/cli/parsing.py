@@ -1,7 +1,10 @@
 """Parsers of the commands that read data: YAML and command line alike."""
 
+import difflib
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
@@ -23,9 +26,39 @@ OURS = {"logger", "callbacks", "default_root_dir", "enable_checkpointing", "enab
 FROM_DATA = {"bands", "mean", "deviation", "scale", "offset"}
 
 
+class OptionParser(ArgumentParser):
+    """A parser that names the options which an unknown one is like."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        words = message.partition("unrecognized arguments: ")[2].split()
+        unknown = [word.partition("=")[0] for word in words if word.startswith("--")]
+        if key := re.match(r"(?:Group '[\w.]+' does not accept option|Option) '([\w.]+)'", message):
+            known, unknown = [option[2:] for option in known], [key[1]]  # of a file
+        if "perhaps" not in message:  # errors come here again
+            for option in unknown:
+                if near := alike(option, known):
+                    message += f"\n{option}: perhaps {' or '.join(near)}"
+        super().error(message, ex)
+
+
+def alike(name: str, known: Iterable[str]) -> list[str]:
+    """At most three of the dotted names `known` that `name` may stand for.
+
+    First those whose last part ends as that of `name` does (`--epochs`: `--trainer.max_epochs`),
+    else those that are spelled nearly so.
+    """
+    last = {option: option.lstrip("-").rpartition(".")[2] for option in known}
+    word = name.lstrip("-").rpartition(".")[2]
+    ends = [option for option, part in last.items() if f"_{part}".endswith(f"_{word}")]
+    spelled = difflib.get_close_matches(word, last.values(), 1, 0.75)
+    near = ends or [option for option in last if last[option] in spelled]
+    return near[:3]
+
+
 def series_parser(program: str, description: str | None) -> ArgumentParser:
     """A parser with `--config`, whose errors name the key and are raised."""
-    parser = ArgumentParser(
+    parser = OptionParser(
         prog=program, description=description, exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("--config", action="config", help="YAML file of these options")
