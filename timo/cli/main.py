@@ -9,6 +9,8 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 
+from timo.cli.memory import keep_freed_memory
+
 COMMANDS = {
     "pretrain": ("timo.cli.training", "pretrain", "pretrain on unlabelled series"),
     "finetune": ("timo.cli.training", "finetune", "fine-tune for segmentation or classification"),
@@ -23,6 +25,8 @@ COMMANDS = {
     "demo": ("timo.cli.demo", "demo", "the whole road on a real series, with a report"),
 }
 
+COMPUTING = {"pretrain", "finetune", "evaluate", "predict", "embed", "demo"}
+
 
 def usage(group: str = "") -> str:
     """What the commands do; those whose name begins with `group`."""
@@ -34,8 +38,10 @@ def usage(group: str = "") -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 found wanting, 2 bad input, 130 stopped.
 
-    Bad input is reported in one message; TIMO_TRACEBACK=1 shows where it was noticed.
+    Bad input is reported in one message; TIMO_TRACEBACK=1 shows where it was noticed. Without
+    `arguments`, those of the process are taken, and its settings are the command's to choose.
     """
+    own_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -48,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"timo: {name!r} is no command\n{usage()}", file=sys.stderr)
         return 2
+    if own_process and name in COMPUTING:
+        keep_freed_memory()
     module, function, _ = COMMANDS[name]
     # Lightning advertises services and warns of its own internals; errors still come through.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
