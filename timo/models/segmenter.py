@@ -1,12 +1,12 @@
 """Segmentation of series or of frames."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timo.layers.validity import per_map
 from timo.models.encoder import STRIDES, Encoder
 from timo.models.inputs import check_series, pad_frames, pad_valid
+from timo.models.pooling import enlarge, greatest
 from timo.models.upernet import UPerNet, resize
 from timo.models.weights import initialise
 
@@ -78,44 +78,3 @@ class Segmenter(nn.Module):
         if self.upernet is None:
             return torch.cat([resize(x, maps[0]) for x in maps], 1)
         return self.upernet(maps, valids)
-
-
-def enlarge(x: Tensor, factor: int) -> Tensor:
-    """Bilinear upsampling of (M, C, h, w)."""
-    if factor == 1:
-        return x
-    return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
-
-
-def greatest(x: Tensor, valid: Tensor | None, factor: int = 1) -> Tensor:
-    """Maximum over valid dates of enlarged maps; 0 where there is none.
-
-    One date after the other, for at full resolution a map has up to 2048 channels; all at once
-    where a graph is exported, which is for any number of dates.
-
-    Args:
-        x: (B, T, C, h, w).
-        valid: None, (B, T) or (B, T, h, w) bool.
-        factor: of the enlargement, ahead of the maximum.
-
-    Returns:
-        (B, C, factor·h, factor·w).
-    """
-    usable = None
-    if valid is not None:
-        usable = valid[:, :, None] if valid.ndim == 4 else valid[:, :, None, None, None]
-        if valid.ndim == 4:
-            usable = usable.repeat_interleave(factor, 3).repeat_interleave(factor, 4)
-
-    def date(t: int) -> Tensor:
-        map_ = enlarge(x[:, t], factor)
-        return map_ if usable is None else torch.where(usable[:, t], map_, -torch.inf)
-
-    if torch.compiler.is_exporting():
-        maps = enlarge(x.flatten(0, 1), factor).unflatten(0, x.shape[:2])
-        best = (maps if usable is None else torch.where(usable, maps, -torch.inf)).amax(1)
-    else:
-        best = date(0)
-        for t in range(1, x.shape[1]):
-            best = torch.maximum(best, date(t))
-    return best if usable is None else torch.where(usable.any(1), best, 0)

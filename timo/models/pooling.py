@@ -1,0 +1,92 @@
+"""The maximum over dates of maps at full resolution (specification: model.md §4)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def enlarge(x: Tensor, factor: int) -> Tensor:
+    """Bilinear upsampling of (M, C, h, w)."""
+    if factor == 1:
+        return x
+    return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+
+
+def greatest(x: Tensor, valid: Tensor | None, factor: int = 1) -> Tensor:
+    """Maximum over valid dates of enlarged maps; 0 where there is none.
+
+    The gradient goes to the earliest of the dates that have it. What is kept for it is the date of
+    each entry. All dates are taken at once where a graph is exported, which is for any number.
+
+    Args:
+        x: (B, T, C, h, w).
+        valid: None, (B, T) or (B, T, h, w) bool.
+        factor: of the enlargement, ahead of the maximum.
+
+    Returns:
+        (B, C, factor·h, factor·w).
+    """
+    usable = None
+    if valid is not None:
+        usable = valid[:, :, None] if valid.ndim == 4 else valid[:, :, None, None, None]
+        if valid.ndim == 4:
+            usable = usable.repeat_interleave(factor, 3).repeat_interleave(factor, 4)
+    if not torch.compiler.is_exporting():
+        return _Greatest.apply(x, usable, factor)[0]
+    maps = enlarge(x.flatten(0, 1), factor).unflatten(0, x.shape[:2])
+    if usable is None:
+        return maps.amax(1)
+    return torch.where(usable.any(1), torch.where(usable, maps, -torch.inf).amax(1), 0)
+
+
+class _Greatest(torch.autograd.Function):
+    """One date after the other: at full resolution a map has up to 2048 channels.
+
+    Args:
+        x: (B, T, C, h, w).
+        usable: None, or bool of five dimensions, broadcastable to the enlarged maps.
+        factor: of the enlargement.
+
+    Returns:
+        the maximum, (B, C, factor·h, factor·w), and the date that has it, T where none is usable.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, usable: Tensor | None, factor: int) -> tuple[Tensor, Tensor]:
+        def map_of(t: int) -> Tensor:
+            map_ = enlarge(x[:, t], factor)
+            return map_ if usable is None else map_.masked_fill(~usable[:, t], -torch.inf)
+
+        dates, best = x.shape[1], map_of(0)
+        kind = torch.uint8 if dates < 256 else torch.int32
+        date = torch.zeros_like(best, dtype=kind)
+        for t in range(1, dates):
+            map_ = map_of(t)
+            date.masked_fill_(map_ > best, t)
+            best = torch.maximum(best, map_)
+        if usable is not None:
+            none = ~usable.any(1)
+            best, date = best.masked_fill(none, 0), date.masked_fill(none, dates)
+        return best.clone() if dates == 1 else best, date  # no view of x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Any, int], output: tuple) -> None:
+        ctx.shape, ctx.factor = inputs[0].shape, inputs[2]
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:
+        (date,) = ctx.saved_tensors
+        B, T, C, h, w = ctx.shape
+        grads = []
+        for t in range(T):
+            part = grad.masked_fill(date != t, 0)
+            if ctx.factor != 1:
+                part = torch.ops.aten.upsample_bilinear2d_backward(
+                    part, date.shape[2:], (B, C, h, w), False, float(ctx.factor), float(ctx.factor)
+                )
+            grads.append(part)
+        return torch.stack(grads, 1), None, None
