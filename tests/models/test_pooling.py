@@ -35,6 +35,7 @@ def test_equals_one_maximum_over_all(dates, factor, kind):
     }[kind]
     got, expected = greatest(x, valid, factor), plain(x, valid, factor)
     assert torch.equal(got, expected)
+    assert torch.equal(greatest(x.detach(), valid, factor), expected)
     cotangent = torch.randn(got.shape, dtype=x.dtype, generator=draw)
     (grad,) = torch.autograd.grad(got, x, cotangent)
     (wanted,) = torch.autograd.grad(expected, x, cotangent)

@@ -34,42 +34,56 @@ def greatest(x: Tensor, valid: Tensor | None, factor: int = 1) -> Tensor:
         if valid.ndim == 4:
             usable = usable.repeat_interleave(factor, 3).repeat_interleave(factor, 4)
     if not torch.compiler.is_exporting():
-        return _Greatest.apply(x, usable, factor)[0]
+        tracked = torch.is_grad_enabled() and x.requires_grad
+        return (_Greatest.apply if tracked else _by_date)(x, usable, factor)[0]
     maps = enlarge(x.flatten(0, 1), factor).unflatten(0, x.shape[:2])
     if usable is None:
         return maps.amax(1)
     return torch.where(usable.any(1), torch.where(usable, maps, -torch.inf).amax(1), 0)
 
 
-class _Greatest(torch.autograd.Function):
+def _by_date(
+    x: Tensor, usable: Tensor | None, factor: int, dated: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """One date after the other: at full resolution a map has up to 2048 channels.
 
     Args:
         x: (B, T, C, h, w).
         usable: None, or bool of five dimensions, broadcastable to the enlarged maps.
         factor: of the enlargement.
+        dated: whether to tell the dates.
 
     Returns:
-        the maximum, (B, C, factor·h, factor·w), and the date that has it, T where none is usable.
+        the maximum, (B, C, factor·h, factor·w), 0 where no date is usable, and the date that has
+        it, T where none is; None if not `dated`.
     """
 
-    @staticmethod
-    def forward(x: Tensor, usable: Tensor | None, factor: int) -> tuple[Tensor, Tensor]:
-        def map_of(t: int) -> Tensor:
-            map_ = enlarge(x[:, t], factor)
-            return map_ if usable is None else map_.masked_fill(~usable[:, t], -torch.inf)
+    def map_of(t: int) -> Tensor:
+        map_ = enlarge(x[:, t], factor)
+        return map_ if usable is None else map_.masked_fill(~usable[:, t], -torch.inf)
 
-        dates, best = x.shape[1], map_of(0)
-        kind = torch.uint8 if dates < 256 else torch.int32
-        date = torch.zeros_like(best, dtype=kind)
-        for t in range(1, dates):
-            map_ = map_of(t)
+    dates, best, date = x.shape[1], map_of(0), None
+    if dated:
+        date = torch.zeros_like(best, dtype=torch.uint8 if dates < 256 else torch.int32)
+    for t in range(1, dates):
+        map_ = map_of(t)
+        if date is not None:
             date.masked_fill_(map_ > best, t)
-            best = torch.maximum(best, map_)
-        if usable is not None:
-            none = ~usable.any(1)
-            best, date = best.masked_fill(none, 0), date.masked_fill(none, dates)
-        return best.clone() if dates == 1 else best, date  # no view of x
+        best = torch.maximum(best, map_)
+    if usable is not None:
+        none = ~usable.any(1)
+        best = best.masked_fill(none, 0)
+        date = None if date is None else date.masked_fill(none, dates)
+    return best, date
+
+
+class _Greatest(torch.autograd.Function):
+    """`_by_date`, whose gradient needs the dates alone."""
+
+    @staticmethod
+    def forward(x: Tensor, usable: Tensor | None, factor: int) -> tuple[Tensor, Tensor | None]:
+        best, date = _by_date(x, usable, factor, dated=True)
+        return best.clone() if x.shape[1] == 1 else best, date  # no view of x
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Any, int], output: tuple) -> None:
