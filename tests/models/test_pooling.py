@@ -96,3 +96,17 @@ def test_compiles():
     torch.testing.assert_close(got, expected)
     (grad,), (wanted,) = (torch.autograd.grad(y.square().sum(), x) for y in (got, expected))
     torch.testing.assert_close(grad, wanted)
+
+
+def test_deterministic_algorithms_leave_the_gradient_to_interpolate():
+    x = torch.randn(1, 3, 2, 4, 4, device="meta", requires_grad=True)
+    assert type(greatest(x, None, 4).grad_fn).__name__.startswith("_Greatest")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert type(greatest(x, None, 4).grad_fn).__name__ == "AmaxBackward0"
+        cpu = torch.randn(1, 3, 2, 4, 4, requires_grad=True)
+        greatest(cpu, None, 4).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert cpu.grad is not None

@@ -18,7 +18,8 @@ def greatest(x: Tensor, valid: Tensor | None, factor: int = 1) -> Tensor:
     """Maximum over valid dates of enlarged maps; 0 where there is none.
 
     The gradient goes to the earliest of the dates that have it. What is kept for it is the date of
-    each entry. All dates are taken at once where a graph is exported, which is for any number.
+    each entry. All dates are taken at once, and share a gradient, where a graph is exported, which
+    is for any number, and on GPUs where algorithms must be deterministic.
 
     Args:
         x: (B, T, C, h, w).
@@ -33,7 +34,10 @@ def greatest(x: Tensor, valid: Tensor | None, factor: int = 1) -> Tensor:
         usable = valid[:, :, None] if valid.ndim == 4 else valid[:, :, None, None, None]
         if valid.ndim == 4:
             usable = usable.repeat_interleave(factor, 3).repeat_interleave(factor, 4)
-    if not torch.compiler.is_exporting():
+    # On GPUs the kernel of the enlargement's gradient is not deterministic; that of interpolate is,
+    # where it has to be.
+    fixed = torch.are_deterministic_algorithms_enabled() and x.device.type != "cpu"
+    if not (fixed or torch.compiler.is_exporting()):
         tracked = torch.is_grad_enabled() and x.requires_grad
         return (_Greatest.apply if tracked else _by_date)(x, usable, factor)[0]
     maps = enlarge(x.flatten(0, 1), factor).unflatten(0, x.shape[:2])
