@@ -330,11 +330,12 @@ def test_scores_of_what_is_labelled(tmp_path, capsys):
     (["predict", "--run", "x", "--out", "y", "--data", "RasterSerie"],
      ["RasterSerie\n", "as --data RasterSeries: one of RasterSeries, NumpySeries"]),
     (["predict", "--run", "x", "--out", "y", "--data", "RasterSeries", "--data.tiles", "3"],
-     ["Option 'tiles' is not accepted\n", "tiles: perhaps tile\nsee --data.help RasterSeries"]),
+     ["Option 'tiles' is not accepted (perhaps tile)\nsee --data.help RasterSeries"]),
     (["finetune", "--trainer.max_step", "3"],
      ["unrecognized arguments: --trainer.max_step 3\n",
       "--trainer.max_step: perhaps --trainer.max_steps\nsee --help, and --data.help"]),
-    (["finetune", "--epochs=3"], ["perhaps --trainer.max_epochs or --trainer.min_epochs"]),
+    (["finetune", "--epochs=3"], ["perhaps --trainer.max_epochs or --trainer.min_epochs\n"]),
+    (["pretrain", "--mask", "0.5"], ["--mask: perhaps --task.mask_ratio\n"]),
     (["finetune", "--zebra=3"], ["unrecognized arguments: --zebra=3\nsee --help"]),
     (["finetune", "--task.learning_rate", "abc"],
      ["task.learning_rate: expected a number, got abc"]),
@@ -347,8 +348,11 @@ def test_messages_of_the_parser_are_readable(words, told, capsys):
 
 
 def test_unknown_keys_of_a_file_are_answered_with_like_ones(tmp_path, capsys):
-    for text, told in (("trainer: {max_epoch: 3}", "max_epoch: perhaps trainer.max_epochs"),
-                       ("batch_size: 3", "batch_size: perhaps data.batch_size")):  # fmt: skip
+    answers = {
+        "trainer: {max_epoch: 3}": "'max_epoch' (perhaps trainer.max_epochs)",
+        "batch_size: 3": "'batch_size' is not accepted (perhaps data.batch_size)",
+    }
+    for text, told in answers.items():
         (tmp_path / "config.yaml").write_text(text)
         assert run("finetune", "--config", tmp_path / "config.yaml") == 2
         assert told in capsys.readouterr().err

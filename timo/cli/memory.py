@@ -25,4 +25,4 @@ def keep_freed_memory() -> None:
         return
     libc = ctypes.CDLL(None)
     libc.mallopt(MMAP_MAX, 0)
-    libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(TRIM_THRESHOLD, -1)  # never

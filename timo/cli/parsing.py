@@ -3,7 +3,7 @@
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
@@ -32,28 +32,34 @@ class OptionParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = [option for option in self._option_string_actions if option.startswith("--")]
         words = message.partition("unrecognized arguments: ")[2].split()
-        unknown = [word.partition("=")[0] for word in words if word.startswith("--")]
-        if key := re.match(r"(?:Group '[\w.]+' does not accept option|Option) '([\w.]+)'", message):
-            known, unknown = [option[2:] for option in known], [key[1]]  # of a file
         if "perhaps" not in message:  # errors come here again
-            for option in unknown:
-                if near := alike(option, known):
+            for option in dict.fromkeys(word.partition("=")[0] for word in words):
+                if option.startswith("--") and (near := alike(option, known)):
                     message += f"\n{option}: perhaps {' or '.join(near)}"
+        of_file = (
+            r"(?:Group '[\w.]+' does not accept option|Option) '([\w.]+)'(?: is not accepted)?"
+        )
+        if key := re.fullmatch(of_file, message):
+            if near := alike(key[1], [option[2:] for option in known]):
+                message += f" (perhaps {' or '.join(near)})"
         super().error(message, ex)
 
 
-def alike(name: str, known: Iterable[str]) -> list[str]:
-    """At most three of the dotted names `known` that `name` may stand for.
+def alike(name: str, known: Sequence[str]) -> list[str]:
+    """At most two of the dotted names `known` that `name` may stand for, shortest first.
 
-    First those whose last part ends as that of `name` does (`--epochs`: `--trainer.max_epochs`),
-    else those that are spelled nearly so.
+    Those whose last part has that of `name` in it (`--epochs`: `--trainer.max_epochs`), else those
+    that are spelled nearly so. Groups of options and requests for help are none.
     """
-    last = {option: option.lstrip("-").rpartition(".")[2] for option in known}
+    last = {
+        option: option.lstrip("-").rpartition(".")[2]
+        for option in sorted(known, key=len)
+        if not option.endswith("help") and not any(o.startswith(option + ".") for o in known)
+    }
     word = name.lstrip("-").rpartition(".")[2]
-    ends = [option for option, part in last.items() if f"_{part}".endswith(f"_{word}")]
+    within = [option for option, part in last.items() if f"_{word}_" in f"_{part}_"]
     spelled = difflib.get_close_matches(word, last.values(), 1, 0.75)
-    near = ends or [option for option in last if last[option] in spelled]
-    return near[:3]
+    return (within or [option for option in last if last[option] in spelled])[:2]
 
 
 def series_parser(program: str, description: str | None) -> ArgumentParser:

@@ -17,9 +17,9 @@ def enlarge(x: Tensor, factor: int) -> Tensor:
 def greatest(x: Tensor, valid: Tensor | None, factor: int = 1) -> Tensor:
     """Maximum over valid dates of enlarged maps; 0 where there is none.
 
-    The gradient goes to the earliest of the dates that have it. What is kept for it is the date of
-    each entry. All dates are taken at once, and share a gradient, where a graph is exported, which
-    is for any number, and on GPUs where algorithms must be deterministic.
+    The gradient goes to the earliest of the dates that have it, and what is kept for it is the date
+    of each entry. Where graphs are compiled or traced, and on GPUs where algorithms must be
+    deterministic, it is that of `torch.maximum`, for which every map is kept.
 
     Args:
         x: (B, T, C, h, w).
@@ -34,16 +34,16 @@ def greatest(x: Tensor, valid: Tensor | None, factor: int = 1) -> Tensor:
         usable = valid[:, :, None] if valid.ndim == 4 else valid[:, :, None, None, None]
         if valid.ndim == 4:
             usable = usable.repeat_interleave(factor, 3).repeat_interleave(factor, 4)
-    # On GPUs the kernel of the enlargement's gradient is not deterministic; that of interpolate is,
-    # where it has to be.
-    fixed = torch.are_deterministic_algorithms_enabled() and x.device.type != "cpu"
-    if not (fixed or torch.compiler.is_exporting()):
-        tracked = torch.is_grad_enabled() and x.requires_grad
-        return (_Greatest.apply if tracked else _by_date)(x, usable, factor)[0]
-    maps = enlarge(x.flatten(0, 1), factor).unflatten(0, x.shape[:2])
-    if usable is None:
-        return maps.amax(1)
-    return torch.where(usable.any(1), torch.where(usable, maps, -torch.inf).amax(1), 0)
+    if torch.compiler.is_exporting():  # for any number of dates
+        maps = enlarge(x.flatten(0, 1), factor).unflatten(0, x.shape[:2])
+        best = (maps if usable is None else torch.where(usable, maps, -torch.inf)).amax(1)
+        return best if usable is None else torch.where(usable.any(1), best, 0)
+    tracked = torch.is_grad_enabled() and x.requires_grad
+    # The kernel of the enlargement's gradient takes no symbolic sizes, and is not deterministic on
+    # GPUs, where interpolate has another one.
+    plain = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    plain = plain or (torch.are_deterministic_algorithms_enabled() and x.device.type != "cpu")
+    return (_Greatest.apply if tracked and not plain else _by_date)(x, usable, factor)[0]
 
 
 def _by_date(
@@ -84,6 +84,8 @@ def _by_date(
 class _Greatest(torch.autograd.Function):
     """`_by_date`, whose gradient needs the dates alone."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, usable: Tensor | None, factor: int) -> tuple[Tensor, Tensor | None]:
         best, date = _by_date(x, usable, factor, dated=True)
@@ -93,10 +95,13 @@ class _Greatest(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Any, int], output: tuple) -> None:
         ctx.shape, ctx.factor = inputs[0].shape, inputs[2]
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None, None]:
+        if grad is None:
+            return None, None, None
         (date,) = ctx.saved_tensors
         B, T, C, h, w = ctx.shape
         grads = []
