@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 found wanting, 2 bad input, 130 stopped.
 
     Bad input is reported in one message; TIMO_TRACEBACK=1 shows where it was noticed. Without
-    `arguments`, those of the process are taken, and its settings are the command's to choose.
+    `arguments`, those of the process are taken, which is the command's own and keeps freed memory.
     """
     own_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)

@@ -22,12 +22,12 @@ def greatest(x: Tensor, valid: Tensor | None, factor: int = 1) -> Tensor:
     deterministic, it is that of `torch.maximum`, for which every map is kept.
 
     Args:
-        x: (B, T, C, h, w).
+        x: (B, T, C, h, w) of any floating dtype.
         valid: None, (B, T) or (B, T, h, w) bool.
         factor: of the enlargement, ahead of the maximum.
 
     Returns:
-        (B, C, factor·h, factor·w).
+        (B, C, factor·h, factor·w), in the dtype of x, under autocast in that of interpolate.
     """
     usable = None
     if valid is not None:
@@ -89,7 +89,8 @@ class _Greatest(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, usable: Tensor | None, factor: int) -> tuple[Tensor, Tensor | None]:
         best, date = _by_date(x, usable, factor, dated=True)
-        return best.clone() if x.shape[1] == 1 else best, date  # no view of x
+        alias = x.shape[1] == factor == 1 and usable is None  # a view of x is no output
+        return best.clone() if alias else best, date
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Any, int], output: tuple) -> None:
