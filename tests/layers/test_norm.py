@@ -146,8 +146,25 @@ def test_wrong_channels_are_named():
             MaskedBatchNorm(3)(torch.zeros(4, 2), valid)
 
 
-def test_backward_keeps_one_tensor_of_the_size_of_the_input():
-    layer, x = MaskedBatchNorm(3), torch.randn(8, 3, 40, requires_grad=True)
+@pytest.mark.parametrize("shape", [(5, 2), (3, 2, 2, 2)])
+def test_second_derivatives(shape):
+    layer, _ = pair(channels=2)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    valid = torch.rand(shape[0], *shape[2:]) > 0.4
+
+    def run(x, weight, bias):
+        parameters = {"weight": weight, "bias": bias}
+        return torch.func.functional_call(layer, parameters, (x, valid, valid.sum() + 2))
+
+    leaves = x, layer.weight, layer.bias
+    with untracked(layer):
+        assert torch.autograd.gradcheck(run, leaves)
+        assert torch.autograd.gradgradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_keeps_one_tensor_of_the_size_of_the_input(dtype):
+    layer, x = MaskedBatchNorm(3), torch.randn(8, 3, 40, dtype=dtype, requires_grad=True)
     kept = {}
 
     def keep(saved):

@@ -54,27 +54,14 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
             mean, var = self.running_mean.clone(), self.running_var.clone()
             return F.batch_norm(x, mean, var, self.weight, self.bias, True, 0.0, self.eps)
         self._check_input_dim(x)
-        dims = (0, *range(2, x.ndim))
-        channel = (1, -1) + (1,) * (x.ndim - 2)
         usable = x.new_ones((), dtype=torch.bool) if valid is None else valid
         usable = usable.expand(x.shape[0], *x.shape[2:]).unsqueeze(1)  # [M, 1, ...]
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        present, total = usable.sum(), torch.where(usable, wide, 0).sum(dims)
-        lacking = 0 if count is None else count - present
-        count = present + lacking
-        if shared:
-            dist.all_reduce(count)
-            total = _SumOfProcesses.apply(total)
-        mean = total / count.clamp_min(1)  # [C]
-        centred = wide - mean.view(channel)
-        spread = _Squares.apply(centred, usable).sum(dims)
-        spread = spread + lacking * mean.square()
-        if shared:
-            spread = _SumOfProcesses.apply(spread)
-        variance = spread / count.clamp_min(1)
-        self._track(mean.detach(), variance.detach(), count)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale.view(channel) + self.bias.view(channel)).to(x.dtype)
+        present = usable.sum()
+        lacking = torch.zeros_like(present) if count is None else count - present
+        args = x, self.weight, self.bias, usable, lacking, self.eps, shared
+        out, mean, variance, count = _Normalise.apply(*args)
+        self._track(mean, variance, count)
+        return out
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
@@ -93,6 +80,78 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), step)
 
 
+class _Normalise(torch.autograd.Function):
+    """Batch normalisation with the statistics of the usable entries and of `lacking` zeros.
+
+    Of what is as large as x, the backward keeps x alone.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor, usable: Tensor, lacking: Tensor, eps: float,
+        shared: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """Output as x; mean and variance, (C,); their number of entries."""
+        mean, variance, count, centred = _statistics(x, usable, lacking, shared)
+        scale = weight * (variance + eps).rsqrt()
+        out = centred.mul_(_as(scale, x)).add_(_as(bias, x))
+        return out.to(x.dtype), mean, variance, count
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, _, usable, lacking, ctx.eps, ctx.shared = inputs
+        _, mean, variance, count = output
+        ctx.mark_non_differentiable(mean, variance, count)
+        ctx.save_for_backward(x, weight, usable, lacking, mean, variance, count)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_):
+        x, weight, usable, lacking, mean, variance, count = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            mean, variance, count, centred = _statistics(x, usable, lacking, ctx.shared)
+        else:
+            centred = x - _as(mean, x)
+        dims = _dims(x)
+        deviation = (variance + ctx.eps).rsqrt()
+        grad = grad.to(centred.dtype)
+        shift, slope = grad.sum(dims), (grad * centred).sum(dims) * deviation
+        grad_weight, grad_bias = slope, shift
+        if ctx.shared:
+            shift, slope = _SumOfProcesses.apply(shift), _SumOfProcesses.apply(slope)
+        scale = weight * deviation
+        share = -scale / count.clamp_min(1)
+        through = torch.addcmul(_as(share * shift, x), centred, _as(share * slope * deviation, x))
+        through = torch.where(usable, through, 0) + grad * _as(scale, x)
+        return through.to(x.dtype), grad_weight, grad_bias, None, None, None, None
+
+
+def _statistics(
+    x: Tensor, usable: Tensor, lacking: Tensor, shared: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and variance (C,) of the usable entries and zeros, their number, and x less the mean."""
+    dims, wide = _dims(x), x.to(torch.promote_types(x.dtype, torch.float32))
+    count, total = usable.sum() + lacking, torch.where(usable, wide, 0).sum(dims)
+    if shared:
+        dist.all_reduce(count)
+        total = _SumOfProcesses.apply(total)
+    mean = total / count.clamp_min(1)  # [C]
+    centred = wide - _as(mean, x)
+    spread = torch.where(usable, centred, 0).square().sum(dims) + lacking * mean.square()
+    if shared:
+        spread = _SumOfProcesses.apply(spread)
+    return mean, spread / count.clamp_min(1), count, centred
+
+
+def _dims(x: Tensor) -> tuple[int, ...]:
+    """All dimensions but that of the channels."""
+    return (0, *range(2, x.ndim))
+
+
+def _as(value: Tensor, x: Tensor) -> Tensor:
+    """A value for each channel of x (M, C, ...)."""
+    return value.view(1, -1, *(1,) * (x.ndim - 2))
+
+
 class _SumOfProcesses(torch.autograd.Function):
     """Sum over the processes of the default group, as is the gradient."""
 
@@ -109,23 +168,6 @@ def _sum_of_processes(x: Tensor) -> Tensor:
     x = x.clone()
     dist.all_reduce(x)
     return x
-
-
-class _Squares(torch.autograd.Function):
-    """Squares of the usable entries, 0 elsewhere; keeps nothing for backward but its inputs."""
-
-    @staticmethod
-    def forward(x: Tensor, usable: Tensor) -> Tensor:
-        return torch.where(usable, x, 0).square()
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        x, usable = ctx.saved_tensors
-        return torch.where(usable, 2 * x * grad, 0), None
 
 
 @contextmanager
