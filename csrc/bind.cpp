@@ -22,6 +22,17 @@ static MedianArgs median_args(uintptr_t x, Sizes4 stride, uintptr_t valid, Sizes
           size[0], size[1], size[2], size[3], size[4]};
 }
 
+// Addresses of maps, valid, values and dates; sizes B, T, C, h, w, factor.
+template <void (*run)(const MaximumArgs&)>
+static void maximum(const std::array<uintptr_t, 4>& p, Sizes4 valid_stride,
+                    const std::array<int64_t, 6>& n, int dtype) {
+  const MaximumArgs a{reinterpret_cast<void*>(p[0]), reinterpret_cast<const uint8_t*>(p[1]),
+                      valid_stride, reinterpret_cast<void*>(p[2]), reinterpret_cast<int16_t*>(p[3]),
+                      n[0], n[1], n[2], n[3], n[4], n[5], static_cast<Dtype>(dtype)};
+  py::gil_scoped_release unlocked;
+  run(a);
+}
+
 template <void (*run)(const DeviationArgs&, Dtype)>
 static void deviation(uintptr_t x, Sizes4 stride, int dtype, uintptr_t valid, Sizes3 valid_stride,
                       uintptr_t values, uintptr_t indices, const Sizes5& size,
@@ -85,6 +96,8 @@ PYBIND11_MODULE(_C, m) {
                                        reinterpret_cast<const int64_t*>(indices),
                                        reinterpret_cast<void*>(out), bytes, B, T, channels);
         });
+  m.def("temporal_maximum_cpu", &maximum<temporal_maximum_cpu>);
+  m.def("temporal_maximum_backward_cpu", &maximum<temporal_maximum_backward_cpu>);
   m.attr("median_deviation_chunk") = median_deviation_chunk;
   m.def("median_deviation_cpu", &deviation<median_deviation_cpu>);
   m.def("median_deviation_backward_cpu", &deviation<median_deviation_backward_cpu>);

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace timo {
 
@@ -17,7 +18,11 @@ struct f16 {
   uint16_t bits;
 };
 
-// Exact widening to the type that comparisons are made in.
+// What numbers of a dtype are widened to, for comparisons and sums.
+template <class Stored>
+using Wide = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
+
+// Exact widening to it.
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 inline float widen(uint8_t x) { return x; }
@@ -46,6 +51,7 @@ inline float widen(f16 x) {
 
 // Rounding to nearest, ties to even; NaN stays NaN.
 inline float narrow_to(float x, float) { return x; }
+inline double narrow_to(double x, double) { return x; }
 
 inline bf16 narrow_to(float x, bf16) {
   uint32_t bits;

@@ -56,6 +56,22 @@ constexpr int64_t median_deviation_chunk = 16;
 void median_deviation_cpu(const DeviationArgs& a, Dtype dtype);
 void median_deviation_backward_cpu(const DeviationArgs& a, Dtype dtype);
 
+// Maps (B, T, h, w, C), values and dates (B, factor * h, factor * w, C), all dense; valid
+// (B, T, h, w) bytes with strides, or null. Forward reads maps and writes values and dates; backward
+// reads the gradient of values in their place, and dates, and writes that of maps.
+struct MaximumArgs {
+  void* maps;
+  const uint8_t* valid;
+  Sizes4 valid_stride;
+  void* values;
+  int16_t* dates;
+  int64_t B, T, C, h, w, factor;
+  Dtype dtype;
+};
+
+void temporal_maximum_cpu(const MaximumArgs& a);
+void temporal_maximum_backward_cpu(const MaximumArgs& a);
+
 // A tensor (B, T, N, H, ...) by the strides of its first four dimensions; further ones are dense.
 struct Strided {
   void* data;

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from tests.ahead_of_time_gyroscope import cases as gyroscope_cases
 from tests.ahead_of_time_units import cases as unit_cases
 from tests.descriptors import INSTRUCTION, disassemble, foreign_descriptors
-from timo.kernels import assemble_by, median_deviation, temporal_median
+from timo.kernels import assemble_by, median_deviation, temporal_maximum, temporal_median
 
 # Shared memory a block may use, bytes (CUDA programming guide, compute capabilities).
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -73,6 +73,24 @@ def median_deviation_cases() -> Iterator[tuple]:
         yield label, median_deviation.deviation_backward_kernel, signature, constants, warps, 3
 
 
+def temporal_maximum_cases() -> Iterator[tuple]:
+    sizes = dict.fromkeys(("T", "C", "h", "w", "factor"), "i32")
+    strides = dict.fromkeys(("x_t", "v_b", "v_t", "v_h", "v_w"), "i64")
+    for pointer, C in product(POINTERS.values(), (256, 33, 2)):
+        config = temporal_maximum.tile(C)
+        warps = config.pop("num_warps")
+        label = f"{pointer} C={C}"
+        for has_valid in (False, True):
+            signature = {"p_maps": pointer, "p_valid": "*u8", "p_values": pointer}
+            signature |= {"p_dates": "*i16"} | sizes | strides
+            kernel, constants = temporal_maximum.maximum_kernel, {"HAS_VALID": has_valid, **config}
+            name = f"temporal_maximum {label} valid={has_valid}"
+            yield name, kernel, signature, constants, warps, 3
+        signature = {"p_grad": pointer, "p_dates": "*i16", "p_maps": pointer} | sizes
+        kernel = temporal_maximum.maximum_backward_kernel
+        yield f"temporal_maximum_backward {label}", kernel, signature, config, warps, 3
+
+
 def compile_one(capability, kernel, signature, constants, *launch) -> dict:
     """Of a kernel; `launch` has warps, stages and, if limited, registers."""
     names = list(signature)
@@ -119,8 +137,8 @@ def main(capability: int) -> None:
     if capability == 90:  # as where such a GPU is
         assemble_by(triton.knobs.nvidia.ptxas_blackwell.path)
     cases = (
-        *temporal_median_cases(), *median_deviation_cases(), *unit_cases(),
-        *gyroscope_cases(capability),
+        *temporal_median_cases(), *median_deviation_cases(), *temporal_maximum_cases(),
+        *unit_cases(), *gyroscope_cases(capability),
     )  # fmt: skip
     for label, *case in cases:
         print(json.dumps({"kernel": label, **compile_one(capability, *case)}), flush=True)

@@ -32,6 +32,8 @@ TRITON_DEVIATION = (
     INTERPRET, "tests/ops/test_median_deviation.py", "-k", "parity and position and triton"
 )  # fmt: skip
 MEDIAN_OFFSETS = (INTERPRET, "tests/ops/test_temporal_median.py", "-k", "beyond and triton")
+MAXIMUM = ("tests/ops/test_temporal_maximum.py", "-k", "cpp")
+TRITON_MAXIMUM = (INTERPRET, MAXIMUM[0], "-k", "triton")
 
 GATHER = ("tests/ops/test_gather_units.py", "-k", "(parity or gradient) and cpp")
 SCATTER = ("tests/ops/test_scatter_units.py", "-k", "parity and cpp")
@@ -568,6 +570,69 @@ MUTANTS = [
         "AHEAD: tl.constexpr = (BEFORE + UNIT - 1) // UNIT",
         "AHEAD: tl.constexpr = BEFORE // UNIT",
         TRITON_GATHER,
+    ),
+    Mutant(
+        "cpp maximum: of equal dates the latest",
+        "csrc/cpu/temporal_maximum.cpp",
+        "!(x <= best[l])",
+        "!(x < best[l])",
+        MAXIMUM,
+    ),
+    Mutant(
+        "cpp maximum: a NaN is outdone",
+        "csrc/cpu/temporal_maximum.cpp",
+        " & (best[l] == best[l]);",
+        " | (best[l] != best[l]);",
+        MAXIMUM,
+    ),
+    Mutant(
+        "cpp maximum: validity of the wrong rows",
+        "csrc/cpu/temporal_maximum.cpp",
+        "t, y / a.factor, x",
+        "t, y % a.h, x",
+        MAXIMUM,
+    ),
+    Mutant(
+        "cpp maximum: corners instead of centres",
+        "csrc/cpu/temporal_maximum.cpp",
+        "2 * i + 1 - factor",
+        "2 * i + 2 - factor",
+        MAXIMUM,
+    ),
+    Mutant(
+        "cpp maximum: the last entries give no gradient",
+        "csrc/cpu/temporal_maximum.cpp",
+        "* factor + factor / 2)",
+        "* factor + factor / 2 - 1)",
+        MAXIMUM,
+    ),
+    Mutant(
+        "cpp maximum: every date has the gradient",
+        "csrc/cpu/temporal_maximum.cpp",
+        "date[l] == t ?",
+        "date[l] >= t ?",
+        MAXIMUM,
+    ),
+    Mutant(
+        "triton maximum: invalid dates count as 0",
+        "kernels/temporal_maximum.py",
+        "take = take & m_t",
+        "take = take & m",
+        TRITON_MAXIMUM,
+    ),
+    Mutant(
+        "triton maximum: the first entries give no gradient",
+        "kernels/temporal_maximum.py",
+        "// 2 + 1 - factor",
+        "// 2 + 2 - factor",
+        TRITON_MAXIMUM,
+    ),
+    Mutant(
+        "triton maximum: entries beside the border are mixed in",
+        "kernels/temporal_maximum.py",
+        "low + 1 < size",
+        "low < size",
+        TRITON_MAXIMUM,
     ),
     Mutant(
         "triton units: a unit is its successor",

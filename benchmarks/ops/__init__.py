@@ -9,7 +9,7 @@ from types import ModuleType
 
 OPS = (
     "gyroscope_attention", "temporal_median", "median_deviation", "gather_units",
-    "masked_pixel_loss", "scatter_units",
+    "masked_pixel_loss", "scatter_units", "temporal_maximum",
 )  # fmt: skip
 
 

@@ -21,11 +21,6 @@ namespace {
 constexpr int tile_lanes = 64;
 constexpr int unrolled_dates = 12;
 
-template <class Stored>
-using Wide = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
-
-inline double narrow_to(double x, double) { return x; }
-
 constexpr int middle_of(int count) { return (count - 1) / 2; }
 
 // Rows `low` and `high` become their minimum and their maximum, as far as anything reads them.

@@ -50,7 +50,7 @@ def test_the_folder_works_under_both_names():
 def test_every_implementation_passes_the_gate(op):
     module = load(op)
     for dtype, T in ((torch.float32, 3), (torch.bfloat16, 3), (torch.float32, 1)):
-        frames = {"B": 2, "T": T, "C": 3, "H": 70, "W": 33}
+        frames = {"B": 2, "T": T, "C": 3, "H": 70, "W": 33, "h": 5, "w": 3, "factor": 4}
         sizes = frames if "C" in module.LAYOUT else {"B": 2, "T": T, "N": 33, "H": 2, "D": 16}
         problem = module.problem([sizes[x] for x in module.LAYOUT.split(",")], dtype, CPU)
         names = [n for n in problem.calls if "compiled" not in n]

@@ -27,6 +27,7 @@ def test_explain_takes_arguments_by_name():
     calls = {
         "temporal_median": {"x": X},
         "median_deviation": {"q": X, "weight": X[0, 0, 0, 0]},
+        "temporal_maximum": {"x": X, "valid": None, "factor": 2},
         "gyroscope_attention": {
             **dict.fromkeys("qkv", X), "q_median": X[:, 0], "k_median": X[:, 0],
             "gate": X[..., 0], "valid": None, "scale": 0.5,

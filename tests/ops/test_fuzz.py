@@ -10,12 +10,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from tests.ops import fuzz, fuzz_units, tiers
+from tests.ops import fuzz, fuzz_maximum, fuzz_units, tiers
 from timo.ops import dispatch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CHECKS = fuzz.CHECKS | fuzz_units.CHECKS
+CHECKS = fuzz.CHECKS | fuzz_maximum.CHECKS | fuzz_units.CHECKS
 # Shapes, of which the suite takes every so-many-th; and multiplications of a shape.
 COUNT, EVERY, WORK = (63, 8, 50_000) if INTERPRETED else (1008, 24, 3_000_000)
 

@@ -15,6 +15,7 @@ from timo.kernels import (  # noqa: E402
     gyroscope_attention,
     masked_pixel_loss,
     scatter_units,
+    temporal_maximum,
     temporal_median,
 )
 from timo.kernels.launch import MOST, grid  # noqa: E402
@@ -37,6 +38,13 @@ def launch_median():
     x = torch.zeros(B, 2, 1, 1, 8)
     temporal_median.forward(x, None, x[:, 0], x[:, 0].long())
     temporal_median.backward(x[:, 0], x[:, 0].long(), x)
+
+
+def launch_maximum():
+    x = torch.zeros(B, 2, 1, 1, 8)
+    values, dates, size = x[:, 0], x[:, 0].short(), (B, 2, 8, 1, 1)
+    temporal_maximum.forward(x, None, values, dates, size, 1)
+    temporal_maximum.backward(x, values, dates, size, 1)
 
 
 def launch_gather():
@@ -69,6 +77,7 @@ def launch_gyroscope():
     "launch, kernels",
     [
         (launch_median, 2),
+        (launch_maximum, 2),
         (launch_gather, 3),
         (launch_scatter, 3),
         (launch_loss, 4),

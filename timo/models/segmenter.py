@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from timo import ops
 from timo.layers.validity import per_map
 from timo.models.encoder import STRIDES, Encoder
 from timo.models.inputs import check_series, pad_frames, pad_valid
-from timo.models.pooling import enlarge, greatest
 from timo.models.upernet import UPerNet, resize
 from timo.models.weights import initialise
+from timo.ops.temporal_maximum import enlarge
 
 
 class Segmenter(nn.Module):
@@ -61,14 +62,14 @@ class Segmenter(nn.Module):
         frames, valid = pad_frames(frames), pad_valid(valid, frames)
         maps, valids = encoder.features(frames, dates, valid)
         if self.temporal_pool == "encoder":
-            maps = [greatest(x, v).unsqueeze(1) for x, v in zip(maps, valids)]
+            maps = [ops.temporal_maximum(x, v)[0].unsqueeze(1) for x, v in zip(maps, valids)]
             valids = [None if v is None else v.any(1, keepdim=True) for v in valids]
         x = self._fused([x.flatten(0, 1) for x in maps], [per_map(v) for v in valids])
         if self.per_frame or self.temporal_pool == "encoder":
             # Weighted means of positions and of channels, in either order: the classes are fewer.
             logits = enlarge(self.classifier(self.dropout(x)), STRIDES[0])
         else:
-            x = greatest(x.unflatten(0, (B, T)), valids[0], STRIDES[0])
+            x, _ = ops.temporal_maximum(x.unflatten(0, (B, T)), valids[0], STRIDES[0])
             logits = self.classifier(self.dropout(x))
         logits = logits[..., :H, :W]
         return logits.unflatten(0, (B, T)) if self.per_frame else logits

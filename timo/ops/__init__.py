@@ -6,6 +6,7 @@ from timo.ops.gyroscope_attention import gyroscope_attention
 from timo.ops.masked_pixel_loss import masked_pixel_loss
 from timo.ops.median_deviation import median_deviation
 from timo.ops.scatter_units import scatter_units
+from timo.ops.temporal_maximum import temporal_maximum
 from timo.ops.temporal_median import temporal_median
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "masked_pixel_loss",
     "median_deviation",
     "scatter_units",
+    "temporal_maximum",
     "temporal_median",
 ]
