@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from timo.kernels.launch import grid
+from timo.kernels.launch import MOST, grid
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def maximum_backward_kernel(
             left, right, across = mix(x, w, factor)
             weight = tl.where(left == j, 1 - across, 0.0) + tl.where(right == j, across, 0.0)
             weight = (weight * of_row)[:, None]
-            m_x = m & (m_y & (x >= 0) & (x < width))[:, None]
+            m_x = m & (m_y & (x >= 0) & (x < width))[:, None] & (weight > 0)
             p = (y.to(tl.int64) * width + x)[:, None] * C
             date = tl.load(p_dates + p, mask=m_x, other=-1)
             grad = tl.load(p_grad + p, mask=m_x & (date == t), other=0.0).to(tl.float32)
@@ -117,30 +117,36 @@ def maximum_backward_kernel(
 
 
 def tile(C: int) -> dict[str, int]:
-    """Tile of (entries, channels), 8 values a thread."""
+    """Tile of (entries, channels), 4 values a thread. Without a limit ptxas takes so few registers
+    that it spills."""
     block = min(128, max(16, triton.next_power_of_2(C)))
-    return {"ENTRIES": 1024 // block, "BLOCK": block, "num_warps": 4}
+    return {"ENTRIES": 512 // block, "BLOCK": block, "num_warps": 4, "maxnreg": 128}
+
+
+def programs(maps: int, entries: int, C: int) -> tuple[int]:
+    """Grid for `entries` entries, which kernels count in 32 bits, of each of `maps` maps."""
+    if entries > MOST:
+        raise ValueError(f"a map of {entries:,} entries; it must have at most {MOST:,}: use tiles")
+    config = tile(C)
+    return grid(maps, triton.cdiv(entries, config["ENTRIES"]), triton.cdiv(C, config["BLOCK"]))
 
 
 def forward(maps, valid, values, dates, size, factor) -> None:
     """Fill values and dates (B, fh, fw, C) from maps (B, T, h, w, C) and valid (B, T, h, w)."""
     B, T, C, h, w = size
-    config = tile(C)
-    parts = triton.cdiv(h * w * factor**2, config["ENTRIES"]), triton.cdiv(C, config["BLOCK"])
     with torch.cuda.device_of(maps):
-        maximum_kernel[grid(B, *parts)](
+        maximum_kernel[programs(B, h * w * factor**2, C)](
             maps, maps if valid is None else valid.view(torch.uint8), values, dates, T, C, h, w,
             factor, h * w * C, *((0,) * 4 if valid is None else valid.stride()),
-            HAS_VALID=valid is not None, **config,
+            HAS_VALID=valid is not None, **tile(C),
         )  # fmt: skip
 
 
 def backward(maps, grad, dates, size, factor) -> None:
     """Write maps (B, T, h, w, C) from grad and dates (B, fh, fw, C)."""
     B, T, C, h, w = size
-    config = tile(C)
-    parts = triton.cdiv(h * w, config["ENTRIES"]), triton.cdiv(C, config["BLOCK"])
+    programs(B, h * w * factor**2, C)  # raises
     with torch.cuda.device_of(grad):
-        maximum_backward_kernel[grid(B * T, *parts)](
-            grad, dates, maps, T, C, h, w, factor, **config
+        maximum_backward_kernel[programs(B * T, h * w, C)](
+            grad, dates, maps, T, C, h, w, factor, **tile(C)
         )

@@ -78,17 +78,23 @@ def temporal_maximum_cases() -> Iterator[tuple]:
     strides = dict.fromkeys(("x_t", "v_b", "v_t", "v_h", "v_w"), "i64")
     for pointer, C in product(POINTERS.values(), (256, 33, 2)):
         config = temporal_maximum.tile(C)
-        warps = config.pop("num_warps")
+        launch = config.pop("num_warps"), 3, config.pop("maxnreg")
         label = f"{pointer} C={C}"
         for has_valid in (False, True):
             signature = {"p_maps": pointer, "p_valid": "*u8", "p_values": pointer}
             signature |= {"p_dates": "*i16"} | sizes | strides
             kernel, constants = temporal_maximum.maximum_kernel, {"HAS_VALID": has_valid, **config}
             name = f"temporal_maximum {label} valid={has_valid}"
-            yield name, kernel, signature, constants, warps, 3
+            yield name, kernel, signature, constants, *launch
         signature = {"p_grad": pointer, "p_dates": "*i16", "p_maps": pointer} | sizes
         kernel = temporal_maximum.maximum_backward_kernel
-        yield f"temporal_maximum_backward {label}", kernel, signature, config, warps, 3
+        yield f"temporal_maximum_backward {label}", kernel, signature, config, *launch
+    # A size of 1 is a constant.
+    signature = {"p_maps": "*fp32", "p_valid": "*u8", "p_values": "*fp32", "p_dates": "*i16"}
+    constants = dict.fromkeys((*sizes, *strides), 1) | {"HAS_VALID": True}
+    constants |= {"ENTRIES": 32, "BLOCK": 16}
+    kernel = temporal_maximum.maximum_kernel
+    yield "temporal_maximum sizes=1", kernel, signature, constants, 4, 3
 
 
 def compile_one(capability, kernel, signature, constants, *launch) -> dict:

@@ -1,9 +1,13 @@
 // Maximum over dates of bilinearly enlarged maps, and its gradient, channels last.
 // Forward: the two rows of the maps that a row of the result lies between are mixed once for all
-// dates, for a block of channels; then every entry takes the greatest of its dates. Backward: a row
+// dates, for some columns and a block of channels, as many as a cache holds; then every entry takes
+// the greatest of its dates. Backward: a row
 // of the maps' gradient gathers, date by date, the rows of the result that were mixed from it.
+#include <omp.h>
+
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "cpu/tiers.h"
@@ -12,7 +16,8 @@
 namespace timo {
 namespace {
 
-constexpr int64_t block = 64;  // channels at a time
+constexpr int64_t block = 64;               // channels at a time
+constexpr int64_t mixed_rows = 128 * 1024;  // numbers of mixed rows at a time, about
 
 // Entry i of the result is `first` * entry `low` + `second` * entry `high` of the map.
 template <class W>
@@ -50,6 +55,9 @@ struct Plan {
 
   explicit Plan(const MaximumArgs& args)
       : a(args), rows(mixes<W>(a.h, a.factor)), columns(mixes<W>(a.w, a.factor)) {}
+  int64_t columns_at_a_time() const {  // of the map
+    return std::min(a.w, std::max<int64_t>(2, mixed_rows / (a.T * block)));
+  }
   int64_t height() const { return a.h * a.factor; }
   int64_t width() const { return a.w * a.factor; }
   int64_t entry(int64_t b, int64_t y, int64_t x) const {  // of values and dates
@@ -64,18 +72,23 @@ struct Plan {
   }
 };
 
-// `room`: (T, w, block) for the mixed rows.
+// `room`: (T, columns at a time + 2, block) for the mixed rows.
 template <class Stored>
 struct Forward {
   using W = Wide<Stored>;
 
-  static TIMO_INLINE void mix_rows(const Plan<W>& plan, int64_t b, int64_t y, int64_t c, int64_t n,
-                                   W* __restrict room) {
+  static int64_t rows(const Plan<W>& plan) { return plan.height(); }
+  static int64_t room(const Plan<W>& plan) {
+    return plan.a.T * (plan.columns_at_a_time() + 2) * block;
+  }
+
+  static TIMO_INLINE void mix_rows(const Plan<W>& plan, int64_t b, int64_t y, int64_t from,
+                                   int64_t to, int64_t c, int64_t n, W* __restrict room) {
     const MaximumArgs& a = plan.a;
     const Mix<W> mix = plan.rows[y];
     const auto* maps = static_cast<const Stored*>(a.maps);
     for (int64_t t = 0; t < a.T; ++t)
-      for (int64_t j = 0; j < a.w; ++j, room += block) {
+      for (int64_t j = from; j < to; ++j, room += block) {
         const Stored* __restrict low = maps + plan.map_entry(b, t, mix.low, j) + c;
         const Stored* __restrict high = maps + plan.map_entry(b, t, mix.high, j) + c;
         if (mix.second == 0)
@@ -99,11 +112,20 @@ struct Forward {
 
   static TIMO_INLINE void lanes(const Plan<W>& plan, int64_t b, int64_t y, int64_t c, int64_t n,
                                 W* __restrict room) {
+    const int64_t step = plan.columns_at_a_time() * plan.a.factor;
+    for (int64_t left = 0; left < plan.width(); left += step)
+      columns(plan, b, y, left, std::min(left + step, plan.width()), c, n, room);
+  }
+
+  // Columns [left, right) of row y of the result.
+  static TIMO_INLINE void columns(const Plan<W>& plan, int64_t b, int64_t y, int64_t left,
+                                  int64_t right, int64_t c, int64_t n, W* __restrict room) {
     const MaximumArgs& a = plan.a;
-    mix_rows(plan, b, y, c, n, room);
+    const int64_t from = plan.columns[left].low, to = plan.columns[right - 1].high + 1;
+    mix_rows(plan, b, y, from, to, c, n, room);
     W best[block];
     int date[block];
-    for (int64_t x = 0; x < plan.width(); ++x) {
+    for (int64_t x = left; x < right; ++x) {
       const Mix<W> mix = plan.columns[x];
       std::fill(best, best + block, W{0});
       std::fill(date, date + block, -1);
@@ -113,7 +135,7 @@ struct Forward {
         if (!any) std::fill(best, best + block, -std::numeric_limits<W>::infinity());
         if (!any) std::fill(date, date + block, static_cast<int>(t));
         any = true;
-        const W* row = room + t * a.w * block;
+        const W* row = room + (t * (to - from) - from) * block;
         compare(row + mix.low * block, row + mix.high * block, mix, n, static_cast<int>(t), best,
                 date);
       }
@@ -135,6 +157,9 @@ struct Forward {
 template <class Stored>
 struct Backward {
   using W = Wide<Stored>;
+
+  static int64_t rows(const Plan<W>& plan) { return plan.a.h; }
+  static int64_t room(const Plan<W>& plan) { return plan.width() * block; }
 
   static TIMO_INLINE void lanes(const Plan<W>& plan, int64_t b, int64_t i, int64_t c, int64_t n,
                                 W* __restrict room) {
@@ -172,42 +197,38 @@ struct Backward {
   }
 };
 
-// Body::run for each of `rows` rows of every sample, with room for `size` numbers.
-template <template <class> class Body, class Stored>
-void over_rows(const MaximumArgs& a, int64_t rows, int64_t size) {
-  using W = Wide<Stored>;
+// Body::run for each of its rows of every sample.
+template <class Body>
+void over_rows(const MaximumArgs& a) {
+  using W = typename Body::W;
   const Plan<W> plan(a);
   const int level = isa_level();
-#pragma omp parallel if (a.B * rows > 1)
-  {
-    std::vector<W> room(size, poisons_workspace() ? std::numeric_limits<W>::quiet_NaN() : W{0});
-    W* at = room.data();
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < a.B * rows; ++row) {
-      const int64_t b = row / rows, y = row % rows;
-      Tiers<Body<Stored>>::call(level, plan, b, y, at);
-    }
+  const int64_t rows = Body::rows(plan), size = Body::room(plan);
+  const int64_t whole = size * omp_get_max_threads();
+  const std::unique_ptr<W[]> rooms(new W[whole]);
+  if (poisons_workspace())
+    std::fill(rooms.get(), rooms.get() + whole, std::numeric_limits<W>::quiet_NaN());
+#pragma omp parallel for schedule(static) if (a.B * rows > 1)
+  for (int64_t row = 0; row < a.B * rows; ++row) {
+    const int64_t b = row / rows, y = row % rows;
+    W* room = rooms.get() + size * omp_get_thread_num();
+    Tiers<Body>::call(level, plan, b, y, room);
   }
 }
 
 template <template <class> class Body>
-void of_dtype(const MaximumArgs& a, int64_t rows, int64_t size) {
+void of_dtype(const MaximumArgs& a) {
   switch (a.dtype) {
-    case Dtype::f32: return over_rows<Body, float>(a, rows, size);
-    case Dtype::f64: return over_rows<Body, double>(a, rows, size);
-    case Dtype::f16: return over_rows<Body, f16>(a, rows, size);
-    case Dtype::bf16: return over_rows<Body, bf16>(a, rows, size);
+    case Dtype::f32: return over_rows<Body<float>>(a);
+    case Dtype::f64: return over_rows<Body<double>>(a);
+    case Dtype::f16: return over_rows<Body<f16>>(a);
+    case Dtype::bf16: return over_rows<Body<bf16>>(a);
   }
 }
 
 }  // namespace
 
-void temporal_maximum_cpu(const MaximumArgs& a) {
-  of_dtype<Forward>(a, a.h * a.factor, a.T * a.w * block);
-}
-
-void temporal_maximum_backward_cpu(const MaximumArgs& a) {
-  of_dtype<Backward>(a, a.h, a.w * a.factor * block);
-}
+void temporal_maximum_cpu(const MaximumArgs& a) { of_dtype<Forward>(a); }
+void temporal_maximum_backward_cpu(const MaximumArgs& a) { of_dtype<Backward>(a); }
 
 }  // namespace timo

@@ -32,6 +32,12 @@ void median_deviation_cpu(const DeviationArgs&, Dtype) {
 void median_deviation_backward_cpu(const DeviationArgs&, Dtype) {
   throw std::logic_error("median_deviation has no CUDA kernel");
 }
+void temporal_maximum_cpu(const MaximumArgs&) {
+  throw std::logic_error("temporal_maximum has no CUDA kernel");
+}
+void temporal_maximum_backward_cpu(const MaximumArgs&) {
+  throw std::logic_error("temporal_maximum has no CUDA kernel");
+}
 void gyroscope_attention_cpu(const GyroscopeArgs&) {
   throw std::logic_error("gyroscope_attention has no CUDA kernel");
 }

@@ -146,6 +146,20 @@ def test_wrong_channels_are_named():
             MaskedBatchNorm(3)(torch.zeros(4, 2), valid)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradients_of_lower_precision(dtype):
+    exact, _ = pair()
+    layer = pair(dtype=torch.float32)[0]
+    x, valid = (torch.randn(9, 3, 7) + 2).to(dtype), torch.rand(9, 7) > 0.4
+    cotangent = torch.randn_like(x)
+    results = []
+    for module, y in ((layer, x.clone()), (exact, x.double())):
+        leaves = y.requires_grad_(), module.weight, module.bias
+        results.append(torch.autograd.grad(module(y, valid), leaves, cotangent.to(y.dtype)))
+    for got, wanted in zip(*results):
+        assert_close(got, wanted)
+
+
 @pytest.mark.parametrize("shape", [(5, 2), (3, 2, 2, 2)])
 def test_second_derivatives(shape):
     layer, _ = pair(channels=2)

@@ -17,15 +17,20 @@ def inputs():
 
 
 def run(x, valid, cotangent, count=None, compiled=False):
-    """Output, gradients of x, weight and bias, and running statistics."""
+    """Output, gradients of x, weight and bias, running statistics, and a second derivative."""
     norm = MaskedBatchNorm(3).double()
     norm.synchronised = True
     torch.nn.init.constant_(norm.weight, 1.5)
     x = x.clone().requires_grad_()
     layer = torch.compile(norm, fullgraph=True, backend="eager") if compiled else norm
     out = layer(x, valid, count)
-    grads = torch.autograd.grad(out, (x, norm.weight, norm.bias), cotangent)
-    return out.detach(), *grads, norm.running_mean, norm.running_var, norm.num_batches_tracked
+    leaves = x, norm.weight, norm.bias
+    grads = torch.autograd.grad(out, leaves, cotangent, create_graph=not compiled)
+    second = torch.zeros_like(x)
+    if not compiled:
+        (second,) = torch.autograd.grad(grads[0].square().sum(), x)
+    results = out, *grads, norm.running_mean, norm.running_var, norm.num_batches_tracked, second
+    return tuple(y.detach() for y in results)
 
 
 def cases(valid, cotangent):
@@ -54,7 +59,8 @@ def test_two_processes_equal_one(tmp_path):
     for case, arguments in enumerate(cases(valid, cotangent)):
         whole = run(x, *arguments[:3])
         parts = [shared[rank][case] for rank in range(2)]
-        for i in range(2):  # output and gradient of x: a part each
+        compiled = len(arguments) > 3
+        for i in (0, 1) if compiled else (0, 1, 7):  # of x: a part each
             assert_close(torch.cat([p[i] for p in parts]), whole[i])
         for i in (2, 3):  # gradients of weight and bias: summed by the training loop
             assert_close(parts[0][i] + parts[1][i], whole[i])

@@ -113,15 +113,17 @@ class _Normalise(torch.autograd.Function):
             centred = x - _as(mean, x)
         dims = _dims(x)
         deviation = (variance + ctx.eps).rsqrt()
-        grad = grad.to(centred.dtype)
-        shift, slope = grad.sum(dims), (grad * centred).sum(dims) * deviation
+        shift, slope = grad.sum(dims, dtype=centred.dtype), (grad * centred).sum(dims) * deviation
         grad_weight, grad_bias = slope, shift
         if ctx.shared:
             shift, slope = _SumOfProcesses.apply(shift), _SumOfProcesses.apply(slope)
         scale = weight * deviation
         share = -scale / count.clamp_min(1)
-        through = torch.addcmul(_as(share * shift, x), centred, _as(share * slope * deviation, x))
-        through = torch.where(usable, through, 0) + grad * _as(scale, x)
+        shift, slope, scale = (_as(y, x) for y in (share * shift, share * slope * deviation, scale))
+        if torch.is_grad_enabled():
+            through = torch.where(usable, centred * slope + shift, 0) + grad * scale
+        else:  # in place: this is where the memory of training peaks
+            through = centred.mul_(slope).add_(shift).masked_fill_(~usable, 0).addcmul_(grad, scale)
         return through.to(x.dtype), grad_weight, grad_bias, None, None, None, None
 
 

@@ -26,13 +26,15 @@ def temporal_maximum(
         x: (B, T, C, h, w) maps, any floating dtype, any strides; at most 32,767 dates.
         valid: (B, T) or (B, T, h, w) bool, true where usable; all usable if None. An entry of a map
             stands for factor × factor entries of the enlarged one.
-        factor: of the enlargement, at least 1; as `interpolate` with align_corners=False.
+        factor: of the enlargement, at least 1; as `interpolate` with align_corners=False. In the
+            kernels an entry of weight 0 has no part, not even if it is infinite or NaN.
         backend: "auto", or the backends to choose among (see `timo.ops.explain`).
 
     Returns:
         values (B, C, factor·h, factor·w) in x's dtype, 0 where no date is valid; and dates, the
-        same shape, int16: the earliest that holds the value, -1 where no date is valid. A NaN of a
-        valid date is the maximum. Both lie channels last in memory.
+        same shape, int16: the earliest that holds the value (in half precision: before rounding),
+        -1 where no date is valid. A NaN of a valid date is the maximum. Both lie channels last in
+        memory.
 
     Raises:
         TypeError, ValueError: wrong rank, dtype, empty dimension, shape of `valid` or factor.
@@ -41,8 +43,6 @@ def temporal_maximum(
     check_tensor("x", x, "(B, T, C, h, w)")
     B, T, _, h, w = x.shape
     check_valid(valid, {"(B, T)": (B, T), "(B, T, h, w)": (B, T, h, w)}, x)
-    if T > MOST_DATES:
-        raise ValueError(f"x has shape {tuple(x.shape)}; T must be at most {MOST_DATES:,}")
     if not isinstance(factor, int) or factor < 1:
         raise ValueError(f"factor is {factor!r}; it must be an integer of at least 1")
     return torch.ops.timo.temporal_maximum(x, valid, factor, backend)
@@ -63,9 +63,11 @@ def reference(x: Tensor, valid: Tensor | None, factor: int) -> tuple[Tensor, Ten
         dates += usable.to(torch.uint8).argmax(1).to(torch.int16)
     for t in range(1, x.shape[1]):
         map_ = map_of(t)
-        take = (map_ > best) | (map_.isnan() & ~best.isnan())
+        take = (map_ <= best).logical_not_().logical_and_(best == best)  # or it is the first NaN
         dates.masked_fill_(take, t)
         best = torch.maximum(best, map_)
+    if x.shape[1] == factor == 1:
+        best = best.clone()  # an output is no view of an input
     if none is not None:
         best, dates = torch.where(none, 0, best), dates.masked_fill(none, -1)
     return channels_last(best), channels_last(dates)
@@ -76,10 +78,16 @@ def reference_backward(
 ) -> Tensor:
     """Transposed enlargement of the gradient at each date: (B, C, fh, fw) -> (B, T, C, h, w)."""
     T, h, w = size
-    wide = grad.to(accumulation(grad.dtype))
+    wide = grad.new_empty((), dtype=accumulation(grad.dtype))
     rows, columns = (weights(n, factor, wide) for n in (h, w))
-    parts = [rows.T @ torch.where(dates == t, wide, 0) @ columns for t in range(T)]
-    return as_maps(torch.stack(parts, 1).to(grad.dtype))
+
+    def part(grad: Tensor, dates: Tensor, t: int) -> Tensor:
+        """Of a sample and date, (C, h, w)."""
+        taken = torch.where(dates == t, grad, 0).to(wide.dtype)
+        return (rows.T @ (taken @ columns)).to(grad.dtype)
+
+    parts = [part(g, d, t) for g, d in zip(grad, dates) for t in range(T)]
+    return as_maps(torch.stack(parts).unflatten(0, (len(grad), T)))
 
 
 def enlarge(x: Tensor, factor: int) -> Tensor:
@@ -191,6 +199,8 @@ BACKWARD = dispatch.register(
 
 
 def _run(x: Tensor, valid: Tensor | None, factor: int, backend: str) -> tuple[Tensor, Tensor]:
+    if x.shape[1] > MOST_DATES:  # asked here, a test would bind the dates of an exported graph
+        raise ValueError(f"x has shape {tuple(x.shape)}; T must be at most {MOST_DATES:,}")
     return FORWARD.select(backend, x, valid, factor).run(x, valid, factor)
 
 
