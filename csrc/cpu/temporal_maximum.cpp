@@ -1,8 +1,8 @@
 // Maximum over dates of bilinearly enlarged maps, and its gradient, channels last.
 // Forward: the two rows of the maps that a row of the result lies between are mixed once for all
 // dates, for some columns and a block of channels, as many as a cache holds; then every entry takes
-// the greatest of its dates. Backward: a row
-// of the maps' gradient gathers, date by date, the rows of the result that were mixed from it.
+// the greatest of its dates. Backward: a row of the maps' gradient gathers, date by date, the rows
+// of the result that were mixed from it.
 #include <omp.h>
 
 #include <algorithm>
