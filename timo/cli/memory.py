@@ -17,9 +17,9 @@ def keep_freed_memory() -> None:
     """Have the C library keep freed memory for the next tensors.
 
     glibc gives large blocks back to the system and takes them anew, page by page, each filled with
-    zeros first: at times two fifths of a training step on a CPU. Kept, they leave the process as
-    large as it ever was. Settings of the user (`SETTINGS`) stand, other C libraries stay as they
-    are.
+    zeros first: a tenth of a segmenter's training where it was last measured. Kept, they leave the
+    process as large as it ever was. Settings of the user (`SETTINGS`) stand, other C libraries stay
+    as they are.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in SETTINGS):
         return

@@ -200,7 +200,10 @@ BACKWARD = dispatch.register(
 
 def _run(x: Tensor, valid: Tensor | None, factor: int, backend: str) -> tuple[Tensor, Tensor]:
     if x.shape[1] > MOST_DATES:  # asked here, a test would bind the dates of an exported graph
-        raise ValueError(f"x has shape {tuple(x.shape)}; T must be at most {MOST_DATES:,}")
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; T must be at most {MOST_DATES:,}: take the maximum of "
+            "parts of the series, then of these"
+        )
     return FORWARD.select(backend, x, valid, factor).run(x, valid, factor)
 
 
