@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import pretraining
 from benchmarks.dense_mae import DenseAutoencoder
-from benchmarks.loss_curves import ALL, DENSE, OTHER, distances
+from benchmarks.loss_curves import ALL, DENSE, OTHERS, distances
 from benchmarks.pretraining import Bench, flops, markdown
 from tests.models.build import DECODER, SMALL, build, series
 from tests.models.oracle import assert_same
@@ -83,6 +83,9 @@ def test_a_form_without_memory_leaves_the_others(monkeypatch):
 
 
 def test_distance_of_curves():
-    curves = {DENSE: [1.0] * 50, ALL: [1.01] * 50, OTHER: [0.9] * 50}
+    curves = {
+        form: [[level] * 50 for level in levels]
+        for form, levels in {DENSE: (1.0, 0.9, 0.6), ALL: (1.01, 0.92, 0.6)}.items()
+    }
     apart = distances(curves)
-    assert apart == {ALL: pytest.approx(0.01), OTHER: pytest.approx(0.1)}
+    assert apart == {ALL: pytest.approx([0.01, 0.02, 0]), OTHERS: pytest.approx([0.1, 0.4, 0.3])}
