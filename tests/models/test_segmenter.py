@@ -7,7 +7,8 @@ from torch import nn
 
 from tests.models.build import build, clouds, series
 from tests.models.oracle import assert_same
-from timo.models.upernet import pool
+from tests.tolerance import assert_close
+from timo.models.upernet import convolve, pool, resize
 
 
 def model_of(**options):
@@ -58,6 +59,43 @@ def test_equals_a_plain_head(H, W, pool, training):
     got = model(frames)
     assert got.shape == ((2, 3, 4, H, W) if pool == "per_frame" else (2, 4, H, W))
     assert_same(got, expected)
+
+
+def side_by_side(levels, conv):
+    return conv(torch.cat([resize(x, levels[0]) for x in levels], 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(16, 24), (8, 12), (4, 6), (2, 3)],
+        [(9, 7), (5, 4), (3, 2), (1, 1)],
+        [(1, 25), (1, 12)],
+        [(3, 4), (3, 4), (2, 1)],
+    ],
+)
+def test_convolution_of_levels_not_enlarged(sizes, dtype):
+    torch.manual_seed(0)
+    channels = [12, 9, 17, 15][: len(sizes)]
+    conv = nn.Conv2d(sum(channels), 6, 3, padding=1).to(dtype)
+    levels = [torch.randn(2, c, h, w).to(dtype) for c, (h, w) in zip(channels, sizes)]
+    cotangent = torch.randn(2, 6, *sizes[0]).to(dtype)
+
+    def run(function, dtype):
+        layer = nn.Conv2d(sum(channels), 6, 3, padding=1).to(dtype)
+        layer.load_state_dict(conv.state_dict())
+        inputs = [x.to(dtype).requires_grad_() for x in levels]
+        out = function(inputs, layer)
+        return out, *torch.autograd.grad(out, [*inputs, *layer.parameters()], cotangent.to(dtype))
+
+    exact = run(side_by_side, torch.float64)
+    for got, want, plain in zip(run(convolve, dtype), exact, run(side_by_side, dtype)):
+        assert got.dtype == dtype
+        if dtype == torch.float64:
+            assert_same(got, want)
+        else:
+            assert_close(got, want, plain)
 
 
 @pytest.mark.parametrize("pool", ["decoder", "encoder", "per_frame"])

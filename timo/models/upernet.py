@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timo.layers import MaskedBatchNorm
+from timo.layers.linear import linear
 from timo.models.weights import initialise
 
 POOL_SIZES = (1, 2, 3, 6)
@@ -60,7 +61,51 @@ class UPerNet(nn.Module):
             levels[i - 1] = levels[i - 1] + resize(levels[i], levels[i - 1])
         for i, conv in enumerate(self.smooth):
             levels[i] = conv(levels[i], valids[i])
-        return self.fuse(torch.cat([resize(x, levels[0]) for x in levels], 1), valids[0])
+        return F.relu(self.fuse.bn(convolve(levels, self.fuse.conv), valids[0]))
+
+
+def convolve(levels: Sequence[Tensor], conv: nn.Conv2d) -> Tensor:
+    """A 3×3 convolution of maps enlarged to the finest and put side by side, without doing either.
+
+    It equals `conv(torch.cat([resize(x, levels[0]) for x in levels], 1))` to rounding. Sums over
+    channels commute with the enlargement, so that each level's are made at its own size, for every
+    tap of the kernel, and what is enlarged, shifted by the tap and summed are those: with four
+    levels, each half as fine, about a third of the products.
+
+    Args:
+        levels: (M, C_i, h_i, w_i), finest first.
+        conv: of Σ C_i to D channels, with padding 1 and a bias.
+
+    Returns:
+        (M, D, h_1, w_1).
+    """
+    finest, *coarse = levels
+    H, W = finest.shape[2:]
+    own, *others = conv.weight.split([x.shape[1] for x in levels], 1)
+    down, across = [], []
+    for x, weight in zip(coarse, others):
+        h, w = x.shape[2:]
+        x = x.permute(0, 2, 3, 1)  # [M, h, w, C]
+        right = enlargement(w, W, x).permute(1, 2, 0).flatten(1)  # [W, w·3]
+        for row in weight.permute(2, 3, 0, 1):  # [3, D, C], of the kernel
+            sums = linear(x, row.flatten(0, 1), None).unflatten(3, (3, -1))  # [M, h, w, 3, D]
+            across.append(right @ sums.flatten(2, 3))  # [M, h, W, D]
+        down.append(enlargement(h, H, x).transpose(0, 1).flatten(1))  # [H, 3·h]
+    # One product over levels, rows of the kernel and rows of the maps rounds once.
+    out = torch.cat(down, 1) @ torch.cat(across, 1).flatten(2)  # [M, H, W·D]
+    out = out.unflatten(2, (W, -1)).permute(0, 3, 1, 2)
+    return out + F.conv2d(finest, own, conv.bias, padding=1)
+
+
+def enlargement(size: int, target: int, like: Tensor) -> Tensor:
+    """Matrices (3, target, size) that enlarge a line as `resize` and shift it by -1, 0 or 1.
+
+    What is shifted in is 0: the padding of a convolution by a kernel of three.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    points = torch.eye(size, dtype=dtype, device=like.device)[None]
+    lines = F.interpolate(points, target, mode="linear", align_corners=False)[0].T  # [target, size]
+    return F.pad(lines, (0, 0, 1, 1)).unfold(0, target, 1).mT.to(like.dtype)
 
 
 def resize(x: Tensor, like: Tensor) -> Tensor:
