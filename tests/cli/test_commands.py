@@ -75,6 +75,8 @@ def test_the_whole_road(series, tmp_path, capsys):
     assert finetune(series, tmp_path / "b", "--task.pretrained", weights, *validation) == 0
     said = capsys.readouterr().out
     assert "loaded" in said and "pretraining decoder" in said and "val/mean_iou" in said
+    for name in "ab":
+        assert json.loads((tmp_path / name / "task.json").read_text())["nodata"] == 0
 
     data = ("--data", "RasterSeries", "--data.root", series)
     assert run("evaluate", "--run", tmp_path / "b", *data, "--data.tile", 64,

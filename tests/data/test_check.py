@@ -49,6 +49,20 @@ def test_what_is_wrong_is_found(tmp_path):
     assert report.ok and report.samples[0].nonfinite == [0, 0, 2000, 0]
 
 
+def test_pixels_that_look_as_if_they_had_no_data(tmp_path):
+    pixels = frames(2, bands=2, dtype="uint8") + np.uint8(1)
+    pixels[0, :, :4, :5] = 0
+    pixels[1, 0] = 0  # one band of two
+    pixels[1, 1] = np.maximum(pixels[1, 1], 1)
+    write_rasters(tmp_path, YEARS[:2], pixels)
+    (warning, *_) = texts(check_dataset(RasterSeries(tmp_path)), "warning")
+    assert warning == (
+        f"{tmp_path.name}: 0.5% of the valid pixels are 0 in every band; if nothing was measured "
+        "there, state nodata=0"
+    )
+    assert "every band" not in str(check_dataset(RasterSeries(tmp_path, nodata=0)))
+
+
 def test_all_invalid_and_single_date(tmp_path):
     write_rasters(tmp_path, ["2001"], np.zeros((1, 2, 40, 50), "uint8"), nodata=0)
     write_tif(tmp_path / "mask.tif", np.full((40, 50), 255, "uint8"))

@@ -88,6 +88,7 @@ def test_nodata(tmp_path, nodata, dtype):
     clear[3, :, 7] = False
     write_numpy(tmp_path, pixels, DATES, clear)
     data = NumpySeries(tmp_path, select=["band1", "band2"], nodata=nodata)
+    assert data.nodata == (None if np.isnan(nodata) else nodata)
     sample, held = data[0], pixels[BY_DATE][:, :2]
     missing = np.isnan(held) if np.isnan(nodata) else held == nodata
     assert missing.sum() == 7

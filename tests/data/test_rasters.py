@@ -92,7 +92,9 @@ def test_a_pixel_without_data_in_any_selected_band_is_not_valid(tmp_path, given)
     pixels[0, 0, 3, 4] = pixels[1, 2, 5, 6] = -99
     write_rasters(tmp_path, NAMES[:2], pixels, nodata=None if given else -99)
     nodata = -99 if given else None
-    everything = RasterSeries(tmp_path, nodata=nodata)[0]
+    data = RasterSeries(tmp_path, nodata=nodata)
+    everything = data[0]
+    assert data.nodata == -99
     holes = (~everything["valid"]).nonzero().tolist()
     assert holes == [[0, 5, 6], [1, 3, 4]]  # NAMES[1] is the earlier
     assert everything["image"].min() == 0
@@ -129,6 +131,7 @@ def test_nan_as_nodata_is_no_fault(tmp_path, given):
     pixels[0, 1, 2, 3] = np.nan
     write_rasters(tmp_path, ["2001"], pixels, nodata=None if given else np.nan)
     data = RasterSeries(tmp_path, nodata=np.nan if given else None)
+    assert data.nodata is None
     assert (~data[0]["valid"]).nonzero().tolist() == [[0, 2, 3]]
     assert data.nonfinite(0).tolist() == [0]
 

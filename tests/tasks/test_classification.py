@@ -116,8 +116,9 @@ def test_a_task_is_loaded_as_what_it_is(tmp_path):
     class Series(SeriesDataset):
         """One sample near what the task was trained on."""
 
-        def __init__(self, units="dB", value=0.3, valid=True):
+        def __init__(self, units="dB", value=0.3, valid=True, nodata=0):
             super().__init__(("x", "y"), units)
+            self.nodata = nodata
             self.value, self.valid = value, torch.full((1, 32, 32), valid)
 
         def __len__(self):
@@ -136,7 +137,7 @@ def test_a_task_is_loaded_as_what_it_is(tmp_path):
 
     Data = Series()
     task = classification(per_frame=True).eval()
-    task.units = "dB"
+    task.units, task.nodata = "dB", 0.0
     save_model(task, tmp_path)
     again = load_task(tmp_path, Data)
     assert isinstance(again, ClassificationTask) and again.per_frame
@@ -152,10 +153,16 @@ def test_a_task_is_loaded_as_what_it_is(tmp_path):
         load_task(tmp_path, Series("linear"))
     with pytest.warns(UserWarning, match=r"band x has values of 30 on average, .* 0.2 ± 0.1; res"):
         load_task(tmp_path, Series(value=30.0))
+    with pytest.warns(
+        UserWarning, match="no nodata value.*; in training it was 0. .*data.nodata 0 "
+    ):
+        load_task(tmp_path, Series(nodata=None))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_task(tmp_path, Series(value=30.0, valid=False))  # of which nothing can be said
         load_task(tmp_path, Data)
+        load_task(tmp_path, Series(nodata=7))
+        load_task(tmp_path / "b", Series(nodata=None))
     shutil.copy(tmp_path / "b" / "model.safetensors", tmp_path)
     with pytest.raises(DataError, match="model.safetensors: is not of this run, by .* and .* more"):
         load_task(tmp_path, Data)

@@ -21,6 +21,7 @@ from timo.data.contract import (
 _RGB = (("red", "green", "blue"), ("r", "g", "b"), ("b04", "b03", "b02"), ("b4", "b3", "b2"))
 _THUMBNAIL = 256  # pixels along the longer side
 _PIXELS = 20_000  # of each sample, for histograms
+_EMPTY = 0.001  # share of valid pixels that may be 0 in every band
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def check_dataset(
         facts = _facts(sample, dataset, nonfinite)
         report.samples.append(facts)
         _judge_dates(report, facts, sample, digests)
-        _judge_values(report, facts)
+        _judge_values(report, facts, sample)
         _judge_labels(report, facts, sample)
     if report.samples:
         _judge_units(report, dataset)
@@ -209,7 +210,14 @@ def _judge_dates(
             report.add("warning", here, f"the frame is identical to {digests[digest]}")
 
 
-def _judge_values(report: CheckReport, facts: SampleFacts) -> None:
+def _judge_values(report: CheckReport, facts: SampleFacts, sample: dict) -> None:
+    empty = (sample["image"] == 0).all(1)[sample["valid"]].float().mean().item()
+    if empty > _EMPTY:
+        report.add(
+            "warning", facts.name,
+            f"{empty:.1%} of the valid pixels are 0 in every band; if nothing was measured there, "
+            "state nodata=0",
+        )  # fmt: skip
     bad = [f"{date} ({n})" for date, n in zip(facts.dates, facts.nonfinite) if n]
     if bad:
         report.add(

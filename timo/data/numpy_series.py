@@ -83,7 +83,8 @@ class NumpySeries(WindowedSeries):
             arrays = [folder / "series.npy" for folder in folders]
             stated = _described(path / "config.json")
         bands = stated.get("bands") if bands is None else bands
-        self.invalid_where, self.nodata = invalid_where, nodata
+        self.invalid_where, self._nodata = invalid_where, nodata
+        self.nodata = nodata if nodata == nodata else None  # not NaN
         self._sources = [_Source(array, dates, valid, mask, layout, bands) for array in arrays]
         first = self._sources[0]
         for source in self._sources[1:]:
@@ -125,8 +126,8 @@ class NumpySeries(WindowedSeries):
         frames = np.moveaxis(frames, -1, 1) if source.layout == "THWC" else frames
         image = frames[(box[0], slice(None), *box[1:])][source.order][:, self._positions]
         valid = np.ones((len(image), h, w), bool)
-        if self.nodata is not None:
-            held = np.isnan(image) if np.isnan(self.nodata) else image == self.nodata
+        if self._nodata is not None:
+            held = np.isnan(image) if np.isnan(self._nodata) else image == self._nodata
             valid &= ~held.any(1)
             image = np.where(held, np.zeros((), image.dtype), image)
         if source.valid is not None:

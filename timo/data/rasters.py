@@ -66,7 +66,7 @@ class RasterSeries(WindowedSeries):
         samples: Sequence[str] | None = None,
     ):
         root = Path(root)
-        self.nodata = nodata
+        self._nodata = nodata
         folders = sample_folders(root, samples, holds_rasters, RASTERS)
         self._files = [_scan(folder) for folder in folders]
         named = bands is not None
@@ -74,6 +74,9 @@ class RasterSeries(WindowedSeries):
         first, first_path = headers[0], self._files[0].images[0]
         for header, files in zip(headers, self._files):
             _same_content(first, first_path, header, files.images[0], named)
+        tagged = all(header.nodata is not None for header in headers)
+        stated = first.nodata if nodata is None and tagged else nodata
+        self.nodata = stated if stated == stated else None  # not NaN
         held = _band_names(bands, first, first_path)
         self._positions = select_bands(held, select)
         super().__init__(
@@ -97,7 +100,7 @@ class RasterSeries(WindowedSeries):
         bands = [i + 1 for i in self._positions]
         images, valids, masks = [], [], []
         for path, valid_path, mask_path in zip(files.images, files.valids, files.masks):
-            image, usable = _read_bands(path, bands, box, self.nodata)
+            image, usable = _read_bands(path, bands, box, self._nodata)
             valid = usable.all(0)
             if valid_path is not None:
                 (flags,), (known,) = _read_bands(valid_path, [1], box)

@@ -98,6 +98,11 @@ class TransformedSeries(Dataset):
         return self.batch(indices) if self.whole else [self[index] for index in indices]
 
     @property
+    def nodata(self) -> float | None:
+        """As in `SeriesDataset`; None where a dataset of another kind does not say."""
+        return getattr(self.dataset, "nodata", None)
+
+    @property
     def whole(self) -> bool:
         """Whether `batch` makes whole batches: of a `LocationSeries`, without transforms."""
         return not self.transforms and getattr(self.dataset, "whole", False)

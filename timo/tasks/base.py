@@ -54,6 +54,7 @@ class SeriesTask(LightningModule):
     scale: Tensor
     offset: Tensor
     units: str | None = None  # of the physical values that it was trained on; None if unknown
+    nodata: float | None = None  # of the data that it was trained on
 
     def __init__(
         self,
@@ -134,6 +135,16 @@ class SeriesTask(LightningModule):
                 )
                 return
 
+    def warn_of_nodata(self, dataset: SeriesDataset) -> None:
+        """Warn where training had a value without data and `dataset` has none."""
+        if self.nodata is not None and dataset.nodata is None:
+            warnings.warn(
+                f"data: has no nodata value, stated or in its files; in training it was "
+                f"{self.nodata:g}. Pixels that have it count as valid here: pass --data.nodata "
+                f"{self.nodata:g} (nodata=) if they hold no data",
+                stacklevel=2,
+            )
+
     @property
     def _data(self) -> SeriesData:
         return self.trainer.datamodule  # type: ignore[attr-defined]
@@ -144,16 +155,17 @@ class SeriesTask(LightningModule):
                 "trainer.sync_batchnorm is true, which puts norms without validity in place of "
                 "the model's; leave it false and set task.model_options.sync_batchnorm to true"
             )
-        self.units = self._data.training.units
+        self.units, self.nodata = self._data.training.units, self._data.training.nodata
 
     def description(self) -> dict:
-        """Arguments that build the task again, but for scale and offset, and its units.
+        """Arguments that build the task again, but for scale and offset, its units and nodata.
 
         JSON can hold it.
         """
         return {
             "bands": self.bands,
             "units": self.units,
+            "nodata": self.nodata,
             "mean": self.mean.tolist(),
             "deviation": self.deviation.tolist(),
             "model": self.model_name,

@@ -41,8 +41,8 @@ def load_run(run: str | Path, dataset: SeriesDataset, best: bool = False) -> Ser
     Raises:
         DataError: the folder holds no run, or none with weights, or bands or units differ.
 
-    Warns where the run has not ended, and where the values of `dataset` lie far from those that it
-    was trained on.
+    Warns where the run has not ended, where the values of `dataset` lie far from those that it was
+    trained on, and where it has no nodata value but training had one.
     """
     run = Path(run)
     if not (run / TASK).is_file():
@@ -50,6 +50,7 @@ def load_run(run: str | Path, dataset: SeriesDataset, best: bool = False) -> Ser
     described = read_description(run / TASK)
     weights = weights_of(run, described.pop("ended", True), best)
     kind, units = described.pop("kind", None), described.pop("units", None)
+    nodata = described.pop("nodata", None)
     if kind not in KINDS or (kind is None) == ("classes" in described):
         raise DataError(
             f"{run / TASK}: is damaged (kind is {kind!r}), or of another version of timo; copy it "
@@ -60,8 +61,9 @@ def load_run(run: str | Path, dataset: SeriesDataset, best: bool = False) -> Ser
         task = KINDS[kind](scale=[1.0] * bands, offset=[0.0] * bands, **described)
     except (TypeError, ValueError) as error:
         raise DataError(f"{run / TASK}: is damaged ({error}); copy it again") from error
-    task.units = units
+    task.units, task.nodata = units, nodata
     task.read_from(dataset)
+    task.warn_of_nodata(dataset)
     task.warn_of_range(dataset)
     report = load_checkpoint(task.model, weights)
     if others := [*report.left_out, *report.missing_expected]:

@@ -96,7 +96,8 @@ def fit(
         if config is not None:
             write_text(out / f"config{suffix}.yaml", config)
         # With it the weights of checkpoints are of use before the run ends.
-        described = task.description() | {"units": data.training.units}
+        read = data.training
+        described = task.description() | {"units": read.units, "nodata": read.nodata}
         if resume and (out / TASK).is_file():
             described = read_description(out / TASK)
         write_json(out / TASK, described | {"ended": False})
