@@ -87,3 +87,14 @@ def test_exported_models_take_any_batch_and_dates(task, options, clouded):
     exported = torch.export.export(model, inputs(2, 3), dynamic_shapes=shapes).module()
     for shape in ((2, 3), (1, 5), (5, 1)):
         torch.testing.assert_close(exported(*inputs(*shape)), model(*inputs(*shape)))
+
+
+def test_exported_segmenters_take_any_size():
+    model = build("segmentation", num_classes=3, depths=(1, 1, 1, 1)).float().eval()
+    rows, columns = (32 * torch.export.Dim(name, min=2, max=64) for name in ("rows", "columns"))
+    sizes = {0: torch.export.Dim("B", max=64), 3: rows, 4: columns}
+    inputs = (series(2, 3, H=64, W=96).float(),)
+    exported = torch.export.export(model, inputs, dynamic_shapes=(sizes,)).module()
+    for B, H, W in ((2, 64, 96), (1, 128, 64)):
+        frames = series(B, 3, H=H, W=W).float()
+        torch.testing.assert_close(exported(frames), model(frames))

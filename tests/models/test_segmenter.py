@@ -8,7 +8,7 @@ from torch import nn
 from tests.models.build import build, clouds, series
 from tests.models.oracle import assert_same
 from tests.tolerance import assert_close
-from timo.models.upernet import convolve, pool, resize
+from timo.models.upernet import PyramidConv2d, pool, resize
 
 
 def model_of(**options):
@@ -21,7 +21,8 @@ def plain_head(model, maps):
     def unit(layer, x):
         bn = nn.BatchNorm2d(layer.bn.num_features).double().train(model.training)
         bn.load_state_dict(layer.bn.state_dict())
-        return F.relu(bn(layer.conv(x)))
+        conv = layer.conv
+        return F.relu(bn(F.conv2d(x, conv.weight, conv.bias, padding=conv.padding)))
 
     def resize(x, like):
         return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
@@ -61,8 +62,11 @@ def test_equals_a_plain_head(H, W, pool, training):
     assert_same(got, expected)
 
 
-def side_by_side(levels, conv):
-    return conv(torch.cat([resize(x, levels[0]) for x in levels], 1))
+class SideBySide(nn.Conv2d):
+    """`PyramidConv2d` as it is defined."""
+
+    def forward(self, levels):
+        return super().forward(torch.cat([resize(x, levels[0]) for x in levels], 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -78,24 +82,24 @@ def side_by_side(levels, conv):
 def test_convolution_of_levels_not_enlarged(sizes, dtype):
     torch.manual_seed(0)
     channels = [12, 9, 17, 15][: len(sizes)]
-    conv = nn.Conv2d(sum(channels), 6, 3, padding=1).to(dtype)
+    state = nn.Conv2d(sum(channels), 6, 3, padding=1).to(dtype).state_dict()
     levels = [torch.randn(2, c, h, w).to(dtype) for c, (h, w) in zip(channels, sizes)]
     cotangent = torch.randn(2, 6, *sizes[0]).to(dtype)
 
-    def run(function, dtype):
-        layer = nn.Conv2d(sum(channels), 6, 3, padding=1).to(dtype)
-        layer.load_state_dict(conv.state_dict())
+    def run(layer, dtype):
+        layer = layer(sum(channels), 6, 3, padding=1).to(dtype)
+        layer.load_state_dict(state)
         inputs = [x.to(dtype).requires_grad_() for x in levels]
-        out = function(inputs, layer)
+        out = layer(inputs)
         return out, *torch.autograd.grad(out, [*inputs, *layer.parameters()], cotangent.to(dtype))
 
-    exact = run(side_by_side, torch.float64)
-    for got, want, plain in zip(run(convolve, dtype), exact, run(side_by_side, dtype)):
+    exact, plain = run(SideBySide, torch.float64), run(SideBySide, dtype)
+    for got, want, by_definition in zip(run(PyramidConv2d, dtype), exact, plain):
         assert got.dtype == dtype
         if dtype == torch.float64:
             assert_same(got, want)
         else:
-            assert_close(got, want, plain)
+            assert_close(got, want, by_definition)
 
 
 @pytest.mark.parametrize("pool", ["decoder", "encoder", "per_frame"])
