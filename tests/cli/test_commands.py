@@ -269,6 +269,28 @@ def test_change_is_asked_of_every_series_before_any_is_mapped(tmp_path, capsys):
     assert "change needs a model with per_frame=True" in capsys.readouterr().err
 
 
+def test_results_are_not_written_over_one_another_or_the_data(tmp_path, capsys):
+    pixels = frames(2, bands=2, height=32, width=40, dtype="uint8")
+    for name in ("x", "x_change"):
+        write_rasters(tmp_path / "data" / name, ["2019", "2020"], pixels)
+    (tmp_path / "run").mkdir()
+    save_model(left(), tmp_path / "run")
+    data = ("--data", "RasterSeries", "--data.root", tmp_path / "data", "--accelerator", "cpu")
+    before = sorted(tmp_path.rglob("*"))
+    for words, *more in (
+        ("two results would be called x_change.tif", tmp_path / "maps", "--change", "true"),
+        ("lies in the folder of the data", tmp_path / "data"),
+        ("lies in the folder of the data", tmp_path / "data" / "maps"),
+        ("tile is 0; it must be at least 1", tmp_path / "maps", "--tile", 0, "--overlap", 0),
+    ):
+        assert run("predict", "--run", tmp_path / "run", *data, "--out", *more) == 2
+        assert words in capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == before
+    beside = tmp_path / "data_maps"
+    assert run("predict", "--run", tmp_path / "run", *data, "--out", beside) == 0
+    assert {path.stem for path in beside.glob("*.tif")} == {"x", "x_change"}
+
+
 def test_scores_of_a_single_class(tmp_path, capsys):
     pixels = frames(2, bands=2, height=32, width=32, dtype="uint8")
     write_rasters(tmp_path / "data" / "a", ["2019", "2020"], pixels)

@@ -49,6 +49,22 @@ def test_what_is_wrong_is_found(tmp_path):
     assert report.ok and report.samples[0].nonfinite == [0, 0, 2000, 0]
 
 
+def test_series_that_are_not_labelled_alike(tmp_path):
+    for name in "abc":
+        write_rasters(tmp_path / name, YEARS, frames(3, dtype="uint8") + np.uint8(1))
+    mask = np.zeros((40, 50), "uint8")
+    write_tif(tmp_path / "a" / "mask.tif", mask)
+    for year in YEARS:
+        write_tif(tmp_path / "c" / f"{year}_mask.tif", mask)
+    report = check_dataset(RasterSeries(tmp_path, samples=["a", "c"]))
+    told = "labels: samples are not labelled alike: a has a mask, c has masks of dates"
+    assert told in texts(report, "warning")
+    report = check_dataset(RasterSeries(tmp_path))
+    told = told.replace("c has", "b has no labels, c has")
+    assert told in texts(report, "warning")
+    assert "alike" not in str(check_dataset(RasterSeries(tmp_path, samples=["a"])))
+
+
 def test_pixels_that_look_as_if_they_had_no_data(tmp_path):
     pixels = frames(2, bands=2, dtype="uint8") + np.uint8(1)
     pixels[0, :, :4, :5] = 0

@@ -69,6 +69,25 @@ def test_validity_and_masks_by_the_names_of_their_images(tmp_path):
     assert np.array_equal(sample["mask"].numpy(), [labels, labels])
 
 
+def test_validity_by_the_day_of_an_image(tmp_path):
+    write_rasters(tmp_path, ["20200105T103000_S2", "2020-05-06"], frames(2))
+    usable = np.random.default_rng(2).integers(0, 2, (40, 50)).astype("uint8")
+    write_tif(tmp_path / "20200105_valid.tif", usable)
+    sample = RasterSeries(tmp_path)[0]
+    assert np.array_equal(sample["valid"][0].numpy(), usable == 1) and sample["valid"][1].all()
+    write_rasters(tmp_path, ["20200105T160000_S2"], frames(1))
+    with pytest.raises(DataError, match="20200105_valid.tif: no image of the same date"):
+        RasterSeries(tmp_path)
+
+
+def test_series_of_one_name_are_refused(tmp_path):
+    for region in ("north", "south"):
+        write_rasters(tmp_path / region / "river", ["2001"], frames(1))
+    with pytest.raises(DataError, match="samples: several series are called 'river'.*rename"):
+        RasterSeries(tmp_path, samples=["north/river", "south/river"])
+    assert len(RasterSeries(tmp_path, samples=["north/river"])) == 1
+
+
 def test_validity_that_is_not_known(tmp_path):
     write_rasters(tmp_path, ["2001"], frames(1))
     flags = np.ones((40, 50), "uint8")

@@ -116,9 +116,9 @@ def test_a_task_is_loaded_as_what_it_is(tmp_path):
     class Series(SeriesDataset):
         """One sample near what the task was trained on."""
 
-        def __init__(self, units="dB", value=0.3, valid=True, nodata=0):
+        def __init__(self, units="dB", value=0.3, valid=True, nodata=0, spread=0.03):
             super().__init__(("x", "y"), units)
-            self.nodata = nodata
+            self.nodata, self.spread = nodata, spread
             self.value, self.valid = value, torch.full((1, 32, 32), valid)
 
         def __len__(self):
@@ -127,7 +127,7 @@ def test_a_task_is_loaded_as_what_it_is(tmp_path):
         def __getitem__(self, index):
             if index:
                 raise IndexError
-            image = torch.full((1, 2, 32, 32), self.value)
+            image = self.value + self.spread * torch.randn(1, 2, 32, 32)
             return {
                 "image": image,
                 "dates": torch.zeros(1).long(),
@@ -152,7 +152,9 @@ def test_a_task_is_loaded_as_what_it_is(tmp_path):
     with pytest.raises(DataError, match="values in linear; this model was trained on dB: state"):
         load_task(tmp_path, Series("linear"))
     with pytest.warns(UserWarning, match=r"band x has values of 30 on average, .* 0.2 ± 0.1; res"):
-        load_task(tmp_path, Series(value=30.0))
+        load_task(tmp_path, Series(value=30.0, spread=0))
+    with pytest.warns(UserWarning, match=r"band x vary by 0.00.* trained on by 0.1, and .* units="):
+        load_task(tmp_path, Series(spread=0.003))
     with pytest.warns(
         UserWarning, match="no nodata value.*; in training it was 0. .*data.nodata 0 "
     ):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import signal
 import warnings
 from pathlib import Path
@@ -265,6 +266,14 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, limit, watched)
     assert done == reached and all(torch.equal(x, found[name]) for name, x in weights.items())
     logs = steps_of(parts / "logs" / "metrics.csv", parts / "logs_2" / "metrics.csv")
     assert logs == steps_of(whole / "logs" / "metrics.csv")
+
+
+def test_a_run_that_goes_on_past_its_end_goes_on_learning(tmp_path):
+    fit(task(schedule="cosine"), data(), tmp_path, max_steps=2, **QUIET)
+    fit(task(schedule="cosine"), data(), tmp_path, True, max_steps=4, **QUIET)
+    with open(tmp_path / "logs_2" / "metrics.csv") as file:
+        rates = [float(row["lr-AdamW/pg1"]) for row in csv.DictReader(file) if row["lr-AdamW/pg1"]]
+    assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * s / 4)) / 2 for s in (2, 3)])
 
 
 def test_what_a_resumed_run_must_keep(tmp_path):

@@ -23,6 +23,7 @@ from timo.data import (
     random_rotate90,
 )  # fmt: skip
 from timo.data.building import SeriesSource, build_store
+from timo.data.collate import collate_series
 from timo.data.transforms import sample_generator
 from timo.models.masking import least_usable, usable_units
 from timo.tasks import PretrainingTask, SegmentationTask, SeriesData
@@ -318,6 +319,24 @@ def test_real_segmenter_never_gives_nan_where_nothing_is_valid(tmp_path):
         ((_, labels, _),) = predict_strips(task, dataset, 0, 0)
         assert labels.shape == (2 if per_frame else 1, 32, 64)
         assert (labels[..., :32] == 255).all() and (labels[..., 32:] < 3).all()
+
+
+def test_a_series_smaller_than_a_window_is_mapped_as_it_is(tmp_path):
+    write_rasters(
+        tmp_path, ["2001", "2002"], frames(2, bands=2, height=40, width=70, dtype="uint8")
+    )
+    torch.manual_seed(0)
+    task = segmentation(per_frame=True).eval()
+    whole = collate_series([RasterSeries(tmp_path)[0]])
+    with torch.no_grad():
+        expected = task(whole)[0]
+    windows = RasterSeries(tmp_path, tile=128, stride=96)
+    ((row, labels, logits),) = predict_strips(task, windows, 0, 32)
+    assert row == 0 and torch.equal(labels, expected.argmax(1).to(torch.uint8))
+    torch.testing.assert_close(logits, expected)
+    with torch.no_grad():
+        padded = task(collate_series([windows[0]]))[0, :, :, :40, :70]
+    assert not torch.allclose(padded, expected), "padding would not have mattered"
 
 
 def test_change_codes():

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -112,6 +113,8 @@ def predict(arguments: Sequence[str]) -> int:
             return _list_classes(parser, options)
     tile = 224 if options.tile is None else options.tile
     overlap = 32 if options.overlap is None else options.overlap
+    if tile < 1:
+        raise ValueError(f"tile is {tile}; it must be at least 1, in pixels")
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap is {overlap}; it must be from 0 to less than tile, {tile}")
     _require_whole(options)
@@ -125,7 +128,14 @@ def predict(arguments: Sequence[str]) -> int:
         between = [str(parse_date(str(date)).astype("datetime64[D]")) for date in options.change]
     for series in dataset.series if changes else ():
         dates_of_change(task, series, between)
-    out = _folder(options.out)
+    endings = ["", *["_change"] * changes, *["_probabilities"] * options.probabilities]
+    names = Counter(series.name + ending for series in dataset.series for ending in endings)
+    if double := [name for name, n in names.items() if n > 1]:
+        raise ValueError(
+            f"data: two results would be called {double[0]}.tif, by the names of the series; "
+            "rename a folder, or map the series one at a time (data.samples)"
+        )
+    out = _folder(options)
     _record(parser, asked, out)
     for number, series in enumerate(dataset.series):
         path, picture = out / f"{series.name}.tif", out / f"{series.name}.png"
@@ -181,7 +191,7 @@ def _list_classes(parser: ArgumentParser, options: Namespace) -> int:
     dataset = parser.instantiate(options).data
     task = load_task(options.run, dataset, options.best).to(_device(options.accelerator))
     assert isinstance(task, ClassificationTask)  # as task.json says
-    out = _folder(options.out)
+    out = _folder(options)
     _record(parser, options, out)
     predict_classes(task, dataset, out / "predictions.csv", options.batch_size)
     print(out / "predictions.csv")
@@ -227,7 +237,7 @@ def embed(arguments: Sequence[str]) -> int:
         )
     dataset = parser.instantiate(options).data
     task = load_run(options.run, dataset, options.best).to(_device(options.accelerator))
-    out = _folder(options.out)
+    out = _folder(options)
     _record(parser, options, out)
     if options.maps:
         _embed_maps(task, dataset, options, out)
@@ -258,9 +268,16 @@ def _record(parser: ArgumentParser, options: Namespace, out: Path) -> None:
     write_json(out / "environment.json", environment())
 
 
-def _folder(path: str) -> Path:
-    """The folder, made where it is not there; ValueError where nothing may be written to it."""
-    out = Path(path)
+def _folder(options: Namespace) -> Path:
+    """`out`, made where it is not there; ValueError where nothing may be written to it."""
+    out = Path(options.out)
+    given = options.data.init_args
+    data = Path(given.get("root") or given.get("path") or "").resolve()
+    if (given.get("root") or given.get("path")) and data in (out.resolve(), *out.resolve().parents):
+        raise ValueError(
+            f"out: {out} lies in the folder of the data, {data}, where results would be taken for "
+            "series; name another"
+        )
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file; name a folder")
     if (out / TASK).is_file():

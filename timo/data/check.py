@@ -49,6 +49,7 @@ class SampleFacts:
     thumbnails: list[np.ndarray]  # (h, w, 3) in 0 ... 1, magenta over pixels that are not valid
     masks: list[np.ndarray]  # (h, w) labels, one or one for each thumbnail
     classes: list[int]  # of the whole series, or of each date
+    labelled: str  # "a mask", "masks of dates", "a label", "labels of dates", or "no labels"
 
 
 @dataclass
@@ -118,6 +119,7 @@ def check_dataset(
         _judge_values(report, facts, sample)
         _judge_labels(report, facts, sample)
     if report.samples:
+        _judge_kinds(report)
         _judge_units(report, dataset)
     if out is not None:
         from timo.data.check_page import write_page
@@ -158,7 +160,16 @@ def _facts(sample: dict, dataset: SeriesDataset, nonfinite: list[int]) -> Sample
         thumbnails=_thumbnails(values[small], valid[small], dataset.bands),
         masks=masks,
         classes=sample["label"].reshape(-1).tolist() if "label" in sample else [],
+        labelled=_kind_of_labels(sample),
     )
+
+
+def _kind_of_labels(sample: dict) -> str:
+    if "mask" in sample:
+        return "a mask" if sample["mask"].ndim == 2 else "masks of dates"
+    if "label" in sample:
+        return "a label" if sample["label"].ndim == 0 else "labels of dates"
+    return "no labels"
 
 
 def _thumbnails(values: Tensor, valid: Tensor, bands: Sequence[str]) -> list[np.ndarray]:
@@ -238,6 +249,16 @@ def _judge_labels(report: CheckReport, facts: SampleFacts, sample: dict) -> None
             report.labels[label] = report.labels.get(label, 0) + count
         if labels.tolist() == [IGNORE_INDEX]:
             report.add("warning", facts.name, "every label is 255 (ignore)")
+
+
+def _judge_kinds(report: CheckReport) -> None:
+    """Warn where samples are not labelled alike, which no run takes."""
+    first: dict[str, str] = {}
+    for facts in report.samples:
+        first.setdefault(facts.labelled, facts.name)
+    if len(first) > 1:
+        listed = ", ".join(f"{name} has {kind}" for kind, name in first.items())
+        report.add("warning", "labels", f"samples are not labelled alike: {listed}")
 
 
 def _judge_units(report: CheckReport, dataset: SeriesDataset) -> None:

@@ -157,9 +157,9 @@ class Listing(NamedTuple):
 def list_rasters(folder: Path) -> Listing:
     """What the rasters of a folder are; hidden files are none.
 
-    `<date>_valid.tif` and `<date>_mask.tif` belong to the images of that date in whatever form,
-    `<image>_valid.tif` and `<image>_mask.tif` to the image of that name. Raises DataError where
-    one has no image, or an image has two of a kind.
+    `<date>_valid.tif` and `<date>_mask.tif` belong to the images of that date in whatever form, or
+    to the only one of that day; `<image>_valid.tif` and `<image>_mask.tif` to the image of that
+    name. Raises DataError where one has no image, or an image has two of a kind.
     """
     found = _rasters(folder)
     stems = {path.stem for path in found if path.stem != "mask"}
@@ -173,12 +173,17 @@ def list_rasters(folder: Path) -> Listing:
         else:
             images.append(path)
     owners: dict[np.datetime64 | str, list[Path]] = defaultdict(list)  # by date, and by name
+    of_day: dict[np.datetime64 | str, list[Path]] = defaultdict(list)
     for path in images:
         owners[path.stem].append(path)
         with suppress(DataError):
-            owners[date_of_name(path)].append(path)
+            date = date_of_name(path)
+            owners[date].append(path)
+            of_day[date.astype("datetime64[D]").astype(date.dtype)].append(path)
     companions: dict[str, dict[Path, Path]] = {"valid": {}, "mask": {}}
     for path, role, owner in others:
+        if owner not in owners and len(of_day.get(owner, ())) == 1:
+            owners[owner] = of_day[owner]
         if owner not in owners:
             raise DataError(
                 f"{path}: no image of the same date or name lies beside it; _{role} at the end of "

@@ -1,6 +1,7 @@
 """Series on disk as a dataset of windows: what raster and NumPy series have in common."""
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,11 @@ class WindowedSeries(SeriesDataset):
         if stride is not None and tile is None:
             raise ValueError("stride: needs tile")
         self.series = tuple(series)
+        if double := [name for name, n in Counter(s.name for s in series).items() if n > 1]:
+            raise DataError(
+                f"samples: several series are called {double[0]!r}, by which labels and results "
+                "are told apart; rename their folders, or read them one at a time"
+            )
         self.labels, self.ignore_label = labels, ignore_label
         self._listed: dict[str, Tensor] = {}
         if root is not None and (root / LABELS).is_file():

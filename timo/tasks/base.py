@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -112,17 +112,21 @@ class SeriesTask(LightningModule):
         self.offset.copy_(dataset.offset)
 
     def warn_of_range(self, dataset: SeriesDataset, samples: int = 4) -> None:
-        """Warn where a band's mean lies much further from that of training than scenes do.
+        """Warn where values are not of the size of those of training.
 
-        Judged by `samples` samples, evenly spaced; where none has a valid pixel nothing is said.
+        A band's mean lies much further from that of training than scenes do, or every band varies
+        much less than scenes do: reflectance for digital numbers. Judged by `samples` samples,
+        evenly spaced; where none has a valid pixel nothing is said.
         """
+        seen = []
         for index in evenly_spaced(len(dataset), samples):
             sample = dataset[index]
             pixels = physical(sample["image"], dataset.scale, dataset.offset).movedim(1, -1)
             pixels = pixels[sample["valid"]]  # [pixels, C]
             if not len(pixels):
                 continue
-            found = pixels.double().mean(0).float()
+            seen.append(pixels.double())
+            found = seen[-1].mean(0).float()
             far = (found - self.mean.cpu()).abs() > FAR * self.deviation.cpu()
             if far.any():
                 band = int(far.nonzero()[0])
@@ -134,6 +138,17 @@ class SeriesTask(LightningModule):
                     stacklevel=2,
                 )
                 return
+        if not seen:
+            return
+        spread, trained = torch.cat(seen).std(0, correction=0).float(), self.deviation.cpu()
+        if (spread * FAR < trained).all():
+            warnings.warn(
+                f"data: values of band {self.bands[0]} vary by {spread[0]:.4g} (standard "
+                f"deviation), those that the model was trained on by {trained[0]:.4g}, and other "
+                "bands alike; results may mean nothing. Are units=, scale= and offset= those of "
+                "training (config.yaml)?",
+                stacklevel=2,
+            )
 
     def warn_of_nodata(self, dataset: SeriesDataset) -> None:
         """Warn where training had a value without data and `dataset` has none."""
@@ -171,6 +186,12 @@ class SeriesTask(LightningModule):
             "model": self.model_name,
             "model_options": self.model_options,
         }
+
+    def on_train_start(self) -> None:
+        # A checkpoint holds the rate after its last step by the schedule of the run that left it.
+        scheduler = cast(LambdaLR, self.lr_schedulers())
+        for group, peak in zip(scheduler.optimizer.param_groups, scheduler.base_lrs):
+            group["lr"] = peak * scheduler.lr_lambdas[0](scheduler.last_epoch)
 
     def on_train_epoch_start(self) -> None:
         self._data.set_epoch(self.current_epoch)

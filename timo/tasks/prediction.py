@@ -114,7 +114,9 @@ def predict_strips(
 
     def windows() -> Iterator[tuple[int, int, Tensor]]:
         for batch in with_progress(loader, f"predict {series.name}"):
-            valid = batch["valid"]
+            # Without what pads a window to more than the raster, over which the head would pool.
+            batch["image"] = batch["image"][..., : series.height, : series.width]
+            valid = batch["valid"][..., : series.height, : series.width]
             batch["valid"] = compact_valid(valid)
             moved = {k: v.to(task.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             logits = task(moved).float().cpu()  # [B, (T,) classes, H, W]
