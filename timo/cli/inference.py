@@ -271,9 +271,9 @@ def _record(parser: ArgumentParser, options: Namespace, out: Path) -> None:
 def _folder(options: Namespace) -> Path:
     """`out`, made where it is not there; ValueError where nothing may be written to it."""
     out = Path(options.out)
-    given = options.data.init_args
-    data = Path(given.get("root") or given.get("path") or "").resolve()
-    if (given.get("root") or given.get("path")) and data in (out.resolve(), *out.resolve().parents):
+    read = options.data.init_args
+    data = read.get("root") or read.get("path")
+    if data and Path(data).resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(
             f"out: {out} lies in the folder of the data, {data}, where results would be taken for "
             "series; name another"

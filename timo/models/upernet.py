@@ -36,7 +36,7 @@ class PyramidConv2d(nn.Conv2d):
     at its own size, for every tap of the kernel, and what is enlarged, shifted by the tap and added
     up are those: with four maps, each half as fine, about a third of the products. The enlargement
     is a product too, which grows with the side of the maps: of 256 channels it adds 0.04 to that
-    share for a finest map of 56×56, 0.15 for one of 256×256.
+    share for a finest map of 56×56, 0.16 for one of 256×256.
 
     Shape:
         maps: two or more (M, C_i, h_i, w_i), finest first, Σ C_i the channels of the convolution.

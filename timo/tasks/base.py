@@ -118,15 +118,19 @@ class SeriesTask(LightningModule):
         much less than scenes do: reflectance for digital numbers. Judged by `samples` samples,
         evenly spaced; where none has a valid pixel nothing is said.
         """
-        seen = []
+        count, total = 0, torch.zeros(2, len(self.bands), dtype=torch.float64)
         for index in evenly_spaced(len(dataset), samples):
             sample = dataset[index]
             pixels = physical(sample["image"], dataset.scale, dataset.offset).movedim(1, -1)
             pixels = pixels[sample["valid"]]  # [pixels, C]
             if not len(pixels):
                 continue
-            seen.append(pixels.double())
-            found = seen[-1].mean(0).float()
+            pixels = pixels.double()
+            count, total = (
+                count + len(pixels),
+                total + torch.stack([pixels.sum(0), (pixels**2).sum(0)]),
+            )
+            found = pixels.mean(0).float()
             far = (found - self.mean.cpu()).abs() > FAR * self.deviation.cpu()
             if far.any():
                 band = int(far.nonzero()[0])
@@ -138,10 +142,9 @@ class SeriesTask(LightningModule):
                     stacklevel=2,
                 )
                 return
-        if not seen:
-            return
-        spread, trained = torch.cat(seen).std(0, correction=0).float(), self.deviation.cpu()
-        if (spread * FAR < trained).all():
+        mean, square = total / max(1, count)
+        spread, trained = (square - mean**2).clamp(min=0).sqrt().float(), self.deviation.cpu()
+        if count and (spread * FAR < trained).all():
             warnings.warn(
                 f"data: values of band {self.bands[0]} vary by {spread[0]:.4g} (standard "
                 f"deviation), those that the model was trained on by {trained[0]:.4g}, and other "
