@@ -77,6 +77,11 @@ def test_a_classifier_learns_from_them(root):
     task.check_labels(batch)
     assert task.labels_of(batch).tolist() == [0, 1]
     assert torch.isfinite(task.loss(task(batch), task.labels_of(batch)))
+    task.per_frame = True
+    with pytest.raises(
+        DataError, match="series a, b, c: has a label for the series, but the model "
+    ):
+        task.check_labels(batch)
 
 
 def test_a_label_of_no_class_is_named_with_its_date(root):

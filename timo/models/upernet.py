@@ -67,11 +67,10 @@ def enlargement(size: int, target: int, like: Tensor) -> Tensor:
 
     What is shifted in is 0: the padding of a convolution by a kernel of three.
     """
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    points = torch.eye(size, dtype=dtype, device=like.device)[None]
+    points = torch.eye(size, dtype=like.dtype, device=like.device)[None]
     lines = F.interpolate(points, target, mode="linear", align_corners=False)[0].T  # [target, size]
     lines = F.pad(lines, (0, 0, 1, 1))
-    return torch.stack([lines[i : i + target] for i in range(3)]).to(like.dtype)
+    return torch.stack([lines[i : i + target] for i in range(3)])
 
 
 class UPerNet(nn.Module):

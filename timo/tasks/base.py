@@ -126,10 +126,8 @@ class SeriesTask(LightningModule):
             if not len(pixels):
                 continue
             pixels = pixels.double()
-            count, total = (
-                count + len(pixels),
-                total + torch.stack([pixels.sum(0), (pixels**2).sum(0)]),
-            )
+            count += len(pixels)
+            total += torch.stack([pixels.sum(0), (pixels**2).sum(0)])
             found = pixels.mean(0).float()
             far = (found - self.mean.cpu()).abs() > FAR * self.deviation.cpu()
             if far.any():

@@ -173,7 +173,7 @@ class SupervisedTask(SeriesTask, ABC):
         """The labels of a batch, 255 where there is none or nothing valid to judge by."""
 
     def check_labels(self, batch: dict) -> None:
-        """Raise DataError where a batch, on the host, has no labels, or one of no class."""
+        """Raise DataError where a batch, on the host, has no such labels, or one of no class."""
         if self.target not in batch:
             raise DataError(
                 f"series {', '.join(sorted(set(batch['name'])))}: has no {self.target}, which a "
@@ -181,11 +181,18 @@ class SupervisedTask(SeriesTask, ABC):
                 "labels.csv, or leave the series out"
             )
         labels = batch[self.target]
+        kinds = "the series", "every date"
+        if (of_dates := labels.ndim in (2, 4)) != self.per_frame:  # (B, T) or (B, T, H, W)
+            raise DataError(
+                f"series {', '.join(sorted(set(batch['name'])))}: has a {self.target} for "
+                f"{kinds[of_dates]}, but the model gives one for {kinds[self.per_frame]} "
+                f"(per_frame={self.per_frame}); label all series alike, as in training"
+            )
         unknown = ((labels < 0) | (labels >= len(self.classes))) & (labels != IGNORE_INDEX)
         if unknown.any():
             first = unknown.nonzero()[0]
             label, where = int(labels[tuple(first)]), f"series {batch['name'][first[0]]}"
-            if labels.ndim in (2, 4):  # (B, T) or (B, T, H, W)
+            if of_dates:
                 where += f", {np.datetime64(batch['dates'][first[0], first[1]].item(), 'D')}"
             raise DataError(
                 f"{where}: has the label {label}, but the classes are 0 ... "
