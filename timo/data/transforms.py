@@ -100,7 +100,8 @@ class TransformedSeries(Dataset):
     @property
     def nodata(self) -> float | None:
         """As in `SeriesDataset`; None where a dataset of another kind does not say."""
-        return getattr(self.dataset, "nodata", None)
+        value = getattr(self.dataset, "nodata", None)
+        return None if value is None else float(value)
 
     @property
     def whole(self) -> bool:
