@@ -89,12 +89,18 @@ def test_exported_models_take_any_batch_and_dates(task, options, clouded):
         torch.testing.assert_close(exported(*inputs(*shape)), model(*inputs(*shape)))
 
 
-def test_exported_segmenters_take_any_size():
-    model = build("segmentation", num_classes=3, depths=(1, 1, 1, 1)).float().eval()
-    rows, columns = (32 * torch.export.Dim(name, min=2, max=64) for name in ("rows", "columns"))
-    sizes = {0: torch.export.Dim("B", max=64), 3: rows, 4: columns}
-    inputs = (series(2, 3, H=64, W=96).float(),)
-    exported = torch.export.export(model, inputs, dynamic_shapes=(sizes,)).module()
-    for B, H, W in ((2, 64, 96), (1, 128, 64)):
-        frames = series(B, 3, H=H, W=W).float()
-        torch.testing.assert_close(exported(frames), model(frames))
+def test_the_exported_head_takes_any_size():
+    head = build("segmentation", num_classes=3).float().eval().upernet
+    rows, columns = (torch.export.Dim(name, min=2, max=64) for name in ("rows", "columns"))
+
+    def inputs(M, h, w):
+        dims = build().embed_dims
+        return [torch.randn(M, dim, h >> i, w >> i) for i, dim in enumerate(dims)], [None] * 4
+
+    M = torch.export.Dim("M", max=64)
+    strides = (8, 4, 2, 1)
+    sizes = [{0: M, 2: stride * rows, 3: stride * columns} for stride in strides]
+    exported = torch.export.export(head, inputs(2, 16, 24), dynamic_shapes=(sizes, [None] * 4))
+    for shape in ((2, 16, 24), (3, 32, 16)):
+        given = inputs(*shape)
+        torch.testing.assert_close(exported.module()(*given), head(*given))
