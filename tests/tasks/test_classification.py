@@ -118,7 +118,9 @@ def test_a_task_is_loaded_as_what_it_is(tmp_path):
 
         def __init__(self, units="dB", value=0.3, valid=True, nodata=0, spread=0.03):
             super().__init__(("x", "y"), units)
-            self.nodata, self.spread = nodata, spread
+            self.spread = spread
+            if nodata != "not said":
+                self.nodata = nodata
             self.value, self.valid = value, torch.full((1, 32, 32), valid)
 
         def __len__(self):
@@ -164,6 +166,7 @@ def test_a_task_is_loaded_as_what_it_is(tmp_path):
         load_task(tmp_path, Series(value=30.0, valid=False))  # of which nothing can be said
         load_task(tmp_path, Data)
         load_task(tmp_path, Series(nodata=7))
+        load_task(tmp_path, Series(nodata="not said"))
         load_task(tmp_path / "b", Series(nodata=None))
     shutil.copy(tmp_path / "b" / "model.safetensors", tmp_path)
     with pytest.raises(DataError, match="model.safetensors: is not of this run, by .* and .* more"):

@@ -48,13 +48,7 @@ class SeriesDataset(Dataset, ABC):
         bands: names of the C channels, in their order, without repetition.
         units: of physical values, such as "reflectance", "DN", "dB", "linear".
         scale, offset: one number or C numbers; physical = raw * scale + offset.
-
-    Attributes:
-        nodata: raw value that stands for no data, beside NaN; None where none does, as far as is
-            known.
     """
-
-    nodata: float | None = None
 
     def __init__(
         self,

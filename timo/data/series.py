@@ -50,7 +50,13 @@ class WindowedSeries(SeriesDataset):
         ignore_label: label on disk that becomes 255.
         cache: keep each series in memory after the first read (each worker its own copy).
         bands, units, scale, offset: as in SeriesDataset.
+
+    Attributes:
+        nodata: raw value that stands for no data, beside NaN; None where none does, as far as is
+            known.
     """
+
+    nodata: float | None = None
 
     def __init__(
         self,

@@ -99,7 +99,7 @@ class TransformedSeries(Dataset):
 
     @property
     def nodata(self) -> float | None:
-        """As in `SeriesDataset`; None where a dataset of another kind does not say."""
+        """As in `WindowedSeries`; None where a dataset of another kind does not say."""
         value = getattr(self.dataset, "nodata", None)
         return None if value is None else float(value)
 

@@ -39,7 +39,8 @@ class PyramidConv2d(nn.Conv2d):
     share for a finest map of 56×56, 0.16 for one of 256×256.
 
     Shape:
-        maps: two or more (M, C_i, h_i, w_i), finest first, Σ C_i the channels of the convolution.
+        maps: two or more (M, C_i, h_i, w_i), finest first, Σ C_i the channels of the convolution;
+            in the floating dtype of the weight, or as autocast has it.
         output: (M, D, h_1, w_1).
     """
 
@@ -50,7 +51,7 @@ class PyramidConv2d(nn.Conv2d):
         down, across = [], []
         for x, weight in zip(coarse, others):
             h, w = x.shape[2:]
-            x = x.permute(0, 2, 3, 1)  # [M, h, w, C]
+            x = x.permute(0, 2, 3, 1).contiguous()  # [M, h, w, C], once for three products
             right = enlargement(w, W, x).permute(1, 2, 0).flatten(1)  # [W, w·3]
             for row in weight.permute(2, 3, 0, 1):  # [3, D, C], of the kernel
                 sums = linear(x, row.flatten(0, 1), None).unflatten(3, (3, -1))  # [M, h, w, 3, D]

@@ -152,8 +152,11 @@ class SeriesTask(LightningModule):
             )
 
     def warn_of_nodata(self, dataset: SeriesDataset) -> None:
-        """Warn where training had a value without data and `dataset` has none."""
-        if self.nodata is not None and dataset.nodata is None:
+        """Warn where training had a value without data and `dataset`, which may have one, has none.
+
+        Readers of published layouts know what is valid, and have no such attribute.
+        """
+        if self.nodata is not None and getattr(dataset, "nodata", self.nodata) is None:
             warnings.warn(
                 f"data: has no nodata value, stated or in its files; in training it was "
                 f"{self.nodata:g}. Pixels that have it count as valid here: pass --data.nodata "
